@@ -1,0 +1,365 @@
+"""The RLHFRun resource: what a person writes. Every field's default suits one 24 GB GPU."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+from rlhf_api.names import API_VERSION
+
+Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|k|M|G|T)?$")]
+# A place to read from: hub, object store, file, or a file that an installed Python package ships.
+Source = Annotated[str, Field(pattern=r"^(hf|s3|file|package)://.+$", max_length=1024)]
+ColumnName = Annotated[str, Field(min_length=1, max_length=256)]
+# `module:callable`, importable in the stage's process.
+Callable_ = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+
+
+class Section(BaseModel):
+    """A part of the resource: camelCase outside, unknown fields rejected, immutable once parsed."""
+
+    model_config = ConfigDict(
+        extra="forbid", alias_generator=to_camel, populate_by_name=True, frozen=True, allow_inf_nan=False
+    )
+
+
+class Model(Section):
+    """The pretrained model."""
+
+    source: Source = Field(
+        description="hf://owner/name, s3://bucket/prefix, file:///folder, or package://module/path. "
+        "A path that ends in .gguf is read as a GGUF file and dequantised."
+    )
+    revision: str | None = Field(None, description="Commit, tag or branch of a hub model. Pin a commit.")
+    pad_token: str | None = Field(
+        None, description="Token used as padding. Default: the tokenizer's, if it differs from EOS, else one is chosen."
+    )
+
+
+class Data(Section):
+    """One table of rows: Parquet, CSV or JSON lines, or a hub data set."""
+
+    source: Source = Field(description="Parquet, CSV or JSON lines file, or hf://datasets/owner/name.")
+    revision: str | None = Field(None, description="Commit, tag or branch of a hub data set.")
+    split: str = Field("train", description="Split of a hub data set.")
+    where: dict[str, str | int | bool] = Field(
+        default_factory=dict, description="Keep rows whose columns equal these values."
+    )
+    rows: str | None = Field(
+        None,
+        pattern=r"^[0-9]{1,3}%:[0-9]{1,3}%$",
+        description="Keep this range of the rows in their hashed order, such as 0%:70%. "
+        "Ranges of one source that do not overlap share no text.",
+    )
+    limit: Positive | None = Field(None, description="Keep at most this many rows.")
+    held_out: Fraction = Field(0.05, description="Fraction of rows kept for validation, chosen by hash.")
+
+
+class SFTData(Data):
+    """Texts for supervised fine-tuning."""
+
+    text_column: ColumnName = Field("text", description="Column that holds the text.")
+
+
+class PreferenceData(Data):
+    """Pairs of a preferred and a rejected text: as two columns, or made from labelled texts."""
+
+    chosen_column: ColumnName | None = Field(None, description="Column that holds the preferred text.")
+    rejected_column: ColumnName | None = Field(None, description="Column that holds the rejected text.")
+    prompt_column: ColumnName | None = Field(None, description="Column put before both texts.")
+    text_column: ColumnName | None = Field(None, description="With labelColumn: column that holds the text.")
+    label_column: ColumnName | None = Field(
+        None, description="Column of labels: a row with chosenLabel is paired with a row without it."
+    )
+    chosen_label: str | int | bool | None = Field(None, description="The label whose texts are preferred.")
+
+
+class PromptData(Data):
+    """Prompts for the rollouts."""
+
+    prompt_column: ColumnName = Field("prompt", description="Column that holds the prompt.")
+    overflow: Literal["error", "truncate", "drop"] = Field(
+        "error", description="What becomes of a prompt longer than ppo.promptTokens. truncate keeps its beginning."
+    )
+
+
+class LabelledData(Data):
+    """Labelled texts that an independent scorer is fitted on."""
+
+    text_column: ColumnName = Field("text", description="Column that holds the text.")
+    label_column: ColumnName = Field("label", description="Column that holds the label.")
+    chosen_label: str | int | bool = Field(1, description="The label that counts as good.")
+
+
+class DataSets(Section):
+    """The tables a run reads."""
+
+    sft: SFTData | None = Field(None, description="Texts for the sft stage.")
+    preferences: PreferenceData | None = Field(None, description="Pairs for the reward stage.")
+    prompts: PromptData = Field(description="Prompts for the rollouts and the evaluation.")
+    evaluation: LabelledData | None = Field(
+        None, description="Labelled texts for a scorer that saw neither training set; keep its rows disjoint."
+    )
+
+
+class Quantization(Section):
+    """How the one base is held in memory."""
+
+    type: Literal["nf4", "int8", "none"] = Field("nf4", description="nf4: 4 bit. int8: 8 bit. none: 16 or 32 bit.")
+    double_quant: bool = Field(True, description="Quantise nf4's scales as well: 0.516 instead of 0.563 bytes a weight.")
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Type of activations. auto: bfloat16 on a GPU, float32 on a CPU."
+    )
+
+
+class Lora(Section):
+    """The adapters: SFT's, and those of policy, critic and reward."""
+
+    rank: Positive = Field(16, le=1024, description="Rank of the update matrices.")
+    alpha: Positive = Field(32, description="Scale: the update counts alpha / rank (alpha / sqrt(rank) with rsLoRA).")
+    dropout: Fraction = Field(0.0, description="Dropout before the adapter, in sft only; PPO runs without.")
+    target_modules: Literal["attention", "all-linear"] | list[str] = Field(
+        "attention", description="attention, all-linear, or names of linear layers."
+    )
+    layers: str = Field(
+        "all",
+        pattern=r"^(all|top:[1-9][0-9]*)$",
+        description="Layers that policy, critic and reward adapt. top:k shares the trunk below. sft always adapts all.",
+    )
+    use_rslora: bool = Field(False, description="Rank-stabilised scaling.")
+    use_dora: bool = Field(False, description="Weight-decomposed adapters, in sft only.")
+
+
+class SFT(Section):
+    """Supervised fine-tuning of an adapter."""
+
+    steps: Positive = Field(1000, description="Optimiser steps.")
+    batch_size: Positive = Field(16, description="Sequences a step.")
+    micro_batch_size: Positive = Field(1, description="Sequences a forward pass; divides batchSize.")
+    sequence_length: Annotated[int, Field(ge=8)] = Field(512, description="Tokens a sequence, at most.")
+    learning_rate: Rate = Field(2e-4, description="Peak learning rate.")
+    warmup_steps: Natural = Field(0, description="Steps of linear warm-up.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Decay after the warm-up.")
+    checkpoint_steps: Positive = Field(100, description="Steps between checkpoints.")
+
+
+class Merge(Section):
+    """The SFT adapter merged into the 16-bit weights."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Type of the merged weights.")
+    shard_size: Quantity = Field("2Gi", description="Size of a weight file, at most.")
+
+
+class Classifier(Section):
+    """A sequence-classification model as the reward."""
+
+    source: Source = Field(description="hf://owner/name, s3://bucket/prefix or file:///folder.")
+    revision: str | None = Field(None, description="Commit, tag or branch of a hub model.")
+    label: str = Field(description="Name of the class whose logit is the reward.")
+
+
+class Reward(Section):
+    """Where the reward comes from: a trained adapter (default), a classifier, or a function."""
+
+    steps: Positive = Field(500, description="Optimiser steps.")
+    batch_size: Positive = Field(16, description="Pairs a step.")
+    micro_batch_size: Positive = Field(1, description="Pairs a forward pass; divides batchSize.")
+    sequence_length: Annotated[int, Field(ge=8)] = Field(512, description="Tokens a text, at most.")
+    learning_rate: Rate = Field(1e-4, description="Peak learning rate.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Decay.")
+    checkpoint_steps: Positive = Field(100, description="Steps between checkpoints.")
+    min_accuracy: Fraction = Field(
+        0.6, description="Held-out pair accuracy below which the run stops: PPO would chase noise."
+    )
+    compare_base: bool = Field(
+        True, description="Measure what quantisation costs: score the held-out pairs on the 16-bit base as well."
+    )
+    classifier: Classifier | None = Field(None, description="Use a classifier; nothing is trained.")
+    function: Callable_ | None = Field(
+        None, description="module:callable taking (prompts, responses), two lists of texts; returns a list of numbers."
+    )
+
+
+class AdaptiveKL(Section):
+    """A controller that moves klCoefficient towards a target KL."""
+
+    target: Annotated[float, Field(gt=0)] = Field(6.0, description="KL to the reference, nats a response.")
+    horizon: Positive = Field(10000, description="Episodes over which the coefficient may double or so.")
+
+
+class PPO(Section):
+    """Proximal policy optimisation of the policy adapter."""
+
+    episodes: Positive = Field(20000, description="Responses in all, rounded up to whole batches.")
+    batch_size: Positive = Field(64, description="Episodes a rollout.")
+    mini_batch_size: Positive | None = Field(None, description="Episodes an optimiser step. Default: batchSize / 4.")
+    micro_batch_size: Positive = Field(8, description="Episodes a forward pass; divides miniBatchSize.")
+    rollout_batch_size: Positive | None = Field(
+        None, description="Episodes decoded together; divides batchSize. Default: batchSize."
+    )
+    epochs: Positive = Field(4, description="Passes over each rollout.")
+    prompt_tokens: Positive = Field(64, description="Tokens of a prompt, at most.")
+    response_tokens: Positive = Field(128, description="Tokens of a response, at most.")
+    temperature: Annotated[float, Field(gt=0, le=10)] = Field(1.0, description="Of the policy and the reference alike.")
+    learning_rate: Rate = Field(1e-5, description="Of the policy adapter.")
+    critic_learning_rate: Rate | None = Field(None, description="Of the critic. Default: learningRate.")
+    schedule: Literal["constant", "linear"] = Field("linear", description="Decay of both learning rates.")
+    kl_coefficient: Annotated[float, Field(ge=0)] = Field(0.05, description="Weight of the per-token KL penalty.")
+    adaptive_kl: AdaptiveKL | None = Field(None, description="Let klCoefficient follow a target.")
+    max_kl: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="KL to the reference, nats a response, at which training ends early, keeping the policy."
+    )
+    abort_kl: Annotated[float, Field(gt=0)] = Field(
+        200.0, description="KL, nats a response, that counts as an explosion: the stage fails."
+    )
+    update_kl: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="KL between the rollout's policy and the current one at which a batch's epochs end early."
+    )
+    clip_range: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="Clip of the probability ratio.")
+    value_clip_range: Annotated[float, Field(gt=0)] = Field(0.2, description="Clip of the value's move.")
+    value_coefficient: Annotated[float, Field(gt=0)] = Field(0.1, description="Weight of the value loss.")
+    gamma: Fraction = Field(1.0, description="Discount.")
+    gae_lambda: Fraction = Field(0.95, alias="lambda", description="Lambda of generalised advantage estimation.")
+    whiten_rewards: bool = Field(False, description="Whiten per-token rewards, keeping their mean.")
+    normalize_reward: bool = Field(
+        True, description="Scale the score to mean 0 and variance 1 over responses of the reference at the start."
+    )
+    missing_eos_penalty: Annotated[float, Field(ge=0)] | None = Field(
+        1.0, description="Score of a response without EOS becomes minus this. null: score it as it is."
+    )
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradient norm is clipped to this.")
+    checkpoint_steps: Positive = Field(20, description="Rollouts between checkpoints.")
+    sample_steps: Positive = Field(10, description="Rollouts between logged generations.")
+
+
+class Scorer(Section):
+    """A scorer that training never saw."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,30}$")] = Field(description="Name in the report.")
+    function: Callable_ | None = Field(None, description="module:callable, as reward.function.")
+    fitted: bool = Field(False, description="Fit a bag-of-words classifier on data.evaluation.")
+
+
+class Evaluate(Section):
+    """The SFT policy against the PPO policy on held-out prompts."""
+
+    samples: Positive = Field(64, description="Held-out prompts, at most.")
+    batch_size: Positive = Field(16, description="Prompts decoded together.")
+    temperature: Annotated[float, Field(ge=0, le=10)] = Field(1.0, description="0: greedy.")
+    scorers: list[Scorer] = Field(default_factory=list, max_length=8, description="Independent scorers.")
+
+
+class GPU(Section):
+    """The accelerator each training stage asks for."""
+
+    memory: Quantity = Field("24Gi", description="Memory of one GPU.")
+    count: Natural = Field(1, description="GPUs a stage. 0: run on the CPU.")
+
+
+class Placement(Section):
+    """Where the pods may run."""
+
+    node_selector: dict[str, str] = Field(default_factory=dict, description="Labels a node must have.")
+    tolerations: list[dict[str, Any]] = Field(default_factory=list, description="Taints the pods tolerate.")
+    pod_template: dict[str, Any] = Field(default_factory=dict, description="Strategic patch on the pod.")
+
+
+class ObjectStore(Section):
+    """Where artifacts live. Defaults come from the chart, or from the command line."""
+
+    bucket: str | None = Field(None, description="Bucket.")
+    prefix: str | None = Field(None, description="Key prefix inside the bucket.")
+    endpoint: str | None = Field(None, description="S3 endpoint URL.")
+    credentials_secret: str | None = Field(None, description="Secret with the access and the secret key.")
+
+
+class Tracking(Section):
+    """Optional experiment trackers; TensorBoard files are always written."""
+
+    wandb_project: str | None = Field(None, description="Weights & Biases project.")
+    mlflow_uri: str | None = Field(None, description="MLflow tracking URI.")
+
+
+class RunSpec(Section):
+    """What to align, on what data, and how."""
+
+    model: Model
+    data: DataSets
+    quantization: Quantization = Field(default_factory=Quantization)
+    lora: Lora = Field(default_factory=Lora)
+    sft: SFT = Field(default_factory=SFT)
+    merge: Merge = Field(default_factory=Merge)
+    reward: Reward = Field(default_factory=Reward)
+    ppo: PPO = Field(default_factory=PPO)
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+    gpu: GPU = Field(default_factory=GPU)
+    placement: Placement = Field(default_factory=Placement)
+    object_store: ObjectStore = Field(default_factory=ObjectStore)
+    tracking: Tracking = Field(default_factory=Tracking)
+    seed: Natural = Field(0, le=2**31 - 1, description="Seed of everything random.")
+    suspend: bool = Field(False, description="Stop after the current checkpoint and wait.")
+
+
+class Metadata(BaseModel):
+    """Kubernetes object metadata, as far as this project reads it."""
+
+    model_config = ConfigDict(extra="allow", alias_generator=to_camel, populate_by_name=True)
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,50}[a-z0-9])?$")]
+    namespace: str | None = None
+    uid: str | None = None
+    generation: int | None = None
+
+
+class Condition(Section):
+    """A Kubernetes condition."""
+
+    type: str
+    status: Literal["True", "False", "Unknown"]
+    reason: str
+    message: str = ""
+    observed_generation: int | None = None
+    last_transition_time: str | None = None
+
+
+Phase = Literal["Pending", "Running", "Suspended", "Succeeded", "Failed"]
+StageState = Literal["Waiting", "Running", "Succeeded", "Reused", "Skipped", "Failed", "Suspended"]
+
+
+class StageStatus(Section):
+    """One stage as status shows it."""
+
+    name: str
+    state: StageState = "Waiting"
+    attempt: Natural = 0
+    job: str | None = None
+    artifact: str | None = Field(None, description="kind/digest")
+    progress: str | None = Field(None, description="step/total")
+    metrics: dict[str, float] = Field(default_factory=dict)
+    message: str | None = None
+
+
+class RunStatus(Section):
+    """What the operator, or the local runner, has seen and decided."""
+
+    phase: Phase = "Pending"
+    observed_generation: int | None = None
+    conditions: list[Condition] = Field(default_factory=list)
+    stages: list[StageStatus] = Field(default_factory=list)
+    budget: list[dict[str, Any]] = Field(default_factory=list)
+
+
+class RLHFRun(BaseModel):
+    """One run of the chain."""
+
+    model_config = ConfigDict(extra="forbid", alias_generator=to_camel, populate_by_name=True, frozen=True)
+
+    api_version: Literal["rlhf.dev/v1alpha1"] = API_VERSION  # type: ignore[assignment]
+    kind: Literal["RLHFRun"] = "RLHFRun"
+    metadata: Metadata
+    spec: RunSpec
+    status: RunStatus | None = None
