@@ -1,9 +1,9 @@
 """Where everything lives in the object store. Keys are relative to the store's prefix.
 
-    artifacts/{kind}/{digest}/manifest.json          the commit: written last, never overwritten
-    artifacts/{kind}/{digest}/{attempt}/{path}       the files it lists
-    artifacts/{kind}/{digest}/{attempt}/checkpoints/{step}/...   and manifest.json, a checkpoint's own commit
-    runs/{name}/...                                  what `rlhf status` and `rlhf report` read of a local run
+artifacts/{kind}/{digest}/manifest.json          the commit: written last, never overwritten
+artifacts/{kind}/{digest}/{attempt}/{path}       the files it lists
+artifacts/{kind}/{digest}/{attempt}/checkpoints/{step}/...   and manifest.json, a checkpoint's own commit
+runs/{name}/...                                  what `rlhf status` and `rlhf report` read of a local run
 """
 
 from typing import Final

@@ -110,7 +110,9 @@ class Quantization(Section):
     """How the one base is held in memory."""
 
     type: Literal["nf4", "int8", "none"] = Field("nf4", description="nf4: 4 bit. int8: 8 bit. none: 16 or 32 bit.")
-    double_quant: bool = Field(True, description="Quantise nf4's scales as well: 0.516 instead of 0.563 bytes a weight.")
+    double_quant: bool = Field(
+        True, description="Quantise nf4's scales as well: 0.516 instead of 0.563 bytes a weight."
+    )
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Type of activations. auto: bfloat16 on a GPU, float32 on a CPU."
     )

@@ -1,0 +1,1 @@
+"""Decides what a run needs next, and runs it."""

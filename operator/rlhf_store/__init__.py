@@ -1,0 +1,1 @@
+"""The artifact commit: content-addressed artifacts over file:// and s3:// stores."""

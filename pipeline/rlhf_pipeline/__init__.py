@@ -1,0 +1,1 @@
+"""What runs inside a stage: one file a stage, and what the stages share."""
