@@ -1,0 +1,303 @@
+"""Four roles on one base: policy, critic and reward are adapters, the reference is the base with none.
+
+With `lora.layers: top:k` the adapters sit on the top k layers, so below them all roles compute the same thing: the trunk.
+It is computed once for a batch (`Roles.trunk`) and every role continues from it (`Roles.hidden`).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_api.errors import UserError
+from rlhf_api.run import Lora
+from rlhf_pipeline.models import adapted_layers, lora_config, stack_of
+
+Role = Literal["policy", "critic", "reward", "reference"]
+ADAPTERS: tuple[Role, ...] = ("policy", "critic", "reward")
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """Position of each token among the real ones of its row; padding gets 0. mask and result: (batch, sequence)."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """A batch of sequences and what the layers below the adapters make of it."""
+
+    ids: Tensor  # (batch, sequence)
+    mask: Tensor  # (batch, sequence), true where a token is real
+    hidden: Tensor | None  # (batch, sequence, width); None where the adapters reach down to the first layer
+
+    def rows(self, index: Tensor | slice) -> "Trunk":
+        """The same for some of the sequences."""
+        return Trunk(self.ids[index], self.mask[index], None if self.hidden is None else self.hidden[index])
+
+
+class Bypass(nn.Module):
+    """Stands in for a decoder layer: hands its input on, or `inject` if given, and remembers it."""
+
+    def __init__(self, layer: nn.Module, returns_tuple: bool) -> None:
+        super().__init__()
+        self.returns_tuple = returns_tuple
+        self.inject: Tensor | None = None
+        self.seen: Tensor | None = None
+        if hasattr(layer, "attention_type"):  # some decoders choose the mask by it
+            self.attention_type = layer.attention_type
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        self.seen = hidden_states = hidden_states if self.inject is None else self.inject
+        return (hidden_states,) if self.returns_tuple else hidden_states
+
+
+class Roles:
+    """One base model with its adapters and scalar heads."""
+
+    def __init__(self, model: Any, lora: Lora, *, critic: bool = True) -> None:
+        """Add a policy adapter (and a critic) to `model`, which must be frozen. A new adapter changes nothing yet."""
+        from peft import inject_adapter_in_model
+
+        self.model = model
+        self.stack = stack_of(model)
+        depth = len(self.stack.layers)
+        self.bottom = adapted_layers(lora, depth)[0]  # the lowest adapted layer: the trunk is what is below
+        self.width = int(model.get_input_embeddings().weight.shape[-1])
+        self.device = model.get_input_embeddings().weight.device
+        self.heads = nn.ModuleDict()
+        self._config = lora_config(lora, model, top=True)
+        for name in ("policy", "critic") if critic else ("policy",):
+            inject_adapter_in_model(self._config, model, adapter_name=name)
+        if critic:
+            self.heads["critic"] = _head(self.width, self.device)
+        self._after_injection()
+        self._bypasses = self._make_bypasses()
+        self._decoder = model.get_decoder()
+        self.check_split()
+
+    # ---- passes -------------------------------------------------------------------------------------------------
+
+    def trunk(self, ids: Tensor, mask: Tensor) -> Trunk:
+        """Run the layers below the adapters, without gradients. ids, mask: (batch, sequence)."""
+        if self.bottom == 0:
+            return Trunk(ids, mask, None)
+        with torch.no_grad(), self._replaced(range(self.bottom, len(self.stack.layers))):
+            self._run(ids, mask)
+            hidden = self._bypasses[self.bottom].seen
+        return Trunk(ids, mask, hidden)
+
+    def hidden(self, role: Role, trunk: Trunk) -> Tensor:
+        """Final hidden states of `role`, after the last norm: (batch, sequence, width).
+
+        A backward pass must run before another role is activated: a checkpointed layer is computed again then, with
+        the adapter that is active at that time.
+        """
+        self.activate(role)
+        if trunk.hidden is None:
+            return self._run(trunk.ids, trunk.mask)
+        with self._replaced(range(self.bottom), inject=trunk.hidden):
+            return self._run(trunk.ids, trunk.mask)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits of final hidden states, as the model's own forward computes them: (..., vocabulary)."""
+        config = self.model.config.get_text_config()
+        logits: Tensor = self.model.get_output_embeddings()(hidden)
+        scale = getattr(config, "logit_scale", None)
+        if scale is not None:
+            logits = logits * scale
+        cap = getattr(config, "final_logit_softcapping", None)
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def scalar(self, role: Literal["critic", "reward"], hidden: Tensor) -> Tensor:
+        """The role's scalar for each hidden state, in float32. hidden: (..., width); returns (...)."""
+        value: Tensor = self.heads[role](hidden.float())
+        return value.squeeze(-1)
+
+    def values(self, trunk: Trunk) -> Tensor:
+        """The critic's value at every position: (batch, sequence), float32."""
+        return self.scalar("critic", self.hidden("critic", trunk))
+
+    def scores(self, trunk: Trunk) -> Tensor:
+        """The reward adapter's score of each sequence, taken at its last real token: (batch,), float32."""
+        hidden = self.hidden("reward", trunk)
+        last = trunk.mask.shape[1] - 1 - trunk.mask.long().flip(-1).argmax(-1)
+        return self.scalar("reward", hidden[torch.arange(len(last), device=last.device), last])
+
+    # ---- adapters -----------------------------------------------------------------------------------------------
+
+    def activate(self, role: Role) -> None:
+        """Make `role`'s adapter the active one (none for the reference), leaving requires_grad as it is."""
+        active = [] if role == "reference" else [role]
+        for layer in self._tuned:
+            # PEFT's own set_adapter and disable_adapter flip requires_grad of every adapter as a side effect.
+            layer._active_adapter = active
+
+    def parameters(self, role: Role) -> list[nn.Parameter]:
+        """The adapter's weights and, if the role has one, its head's."""
+        found = [p for name, p in self.model.named_parameters() if f".{role}." in name and "lora_" in name]
+        return found + (list(self.heads[role].parameters()) if role in self.heads else [])
+
+    def add_reward(self, folder: Path) -> None:
+        """Load a frozen reward adapter and its head from an artifact's folder."""
+        from peft import LoraConfig, inject_adapter_in_model
+        from safetensors.torch import load_file
+
+        config = LoraConfig.from_pretrained(folder / "adapter")
+        config.inference_mode = True
+        inject_adapter_in_model(config, self.model, adapter_name="reward")
+        self._load_adapter("reward", folder / "adapter")
+        self.heads["reward"] = _head(self.width, self.device)
+        self.heads["reward"].load_state_dict(load_file(folder / "head.safetensors"), strict=False)
+        self._after_injection()
+
+    def start_critic(self, mean: float, std: float) -> None:
+        """Start the critic as the reward model, scaled as the score is: value = (reward - mean) / std.
+
+        Source: N+ details, section 3 (the value model is initialised from the reward model).
+        """
+        state = self.state("reward")
+        self.load_state("critic", state)
+        with torch.no_grad():
+            self.heads["critic"].weight.div_(std)
+            self.heads["critic"].bias.sub_(mean).div_(std)
+
+    def state(self, role: Role) -> dict[str, Tensor]:
+        """The role's adapter (names of PEFT's files) and head (`head.*`) as tensors on the CPU."""
+        tensors = {
+            f"base_model.model.{name.replace(f'.{role}.', '.')}": p.detach().cpu().contiguous()
+            for name, p in self.model.named_parameters()
+            if f".{role}." in name and "lora_" in name
+        }
+        if role in self.heads:
+            tensors |= {f"head.{name}": t.detach().cpu() for name, t in self.heads[role].state_dict().items()}
+        return tensors
+
+    def load_state(self, role: Role, tensors: dict[str, Tensor]) -> None:
+        """Put back what `state` gave. Raises UserError where names or shapes differ."""
+        own = dict(self.model.named_parameters())
+        expected = set(self.state(role))
+        if set(tensors) != expected:
+            strange = sorted(set(tensors) ^ expected)[0]
+            raise UserError(
+                f"{role} adapter: {strange} is on one side only; it was made for another model or other lora"
+            )
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                if name.startswith("head."):
+                    continue
+                stem, leaf = name.removeprefix("base_model.model.").rsplit(".", 1)
+                parameter = own[f"{stem}.{role}.{leaf}"]
+                if parameter.shape != tensor.shape:
+                    raise UserError(
+                        f"{role} adapter: {name} has shape {tuple(tensor.shape)}, not {tuple(parameter.shape)}; "
+                        "lora.rank differs from the one it was trained with"
+                    )
+                parameter.copy_(tensor)
+        if role in self.heads:
+            heads = {name.removeprefix("head."): t for name, t in tensors.items() if name.startswith("head.")}
+            self.heads[role].load_state_dict(heads)
+
+    def save_adapter(self, role: Role, folder: Path) -> None:
+        """Write the role's adapter as PEFT does: adapter_config.json and adapter_model.safetensors."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        config = self.model.peft_config[role]
+        config.base_model_name_or_path = None
+        config.save_pretrained(folder)
+        weights = {name: t for name, t in self.state(role).items() if not name.startswith("head.")}
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    def load_adapter(self, role: Role, folder: Path) -> None:
+        """Load the weights of an adapter that `save_adapter` or PEFT wrote."""
+        self._load_adapter(role, folder)
+
+    # ---- inside -------------------------------------------------------------------------------------------------
+
+    def _load_adapter(self, role: Role, folder: Path) -> None:
+        from safetensors.torch import load_file
+
+        weights = load_file(folder / "adapter_model.safetensors")
+        heads = {name: t for name, t in self.state(role).items() if name.startswith("head.")}
+        self.load_state(role, weights | heads)
+
+    def _after_injection(self) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        self._tuned = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        for name, parameter in self.model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float()  # master weights of what is trained
+                parameter.requires_grad_(".reward." not in name)
+        for name, head in self.heads.items():
+            head.requires_grad_(name == "critic")
+        self.model.eval()  # every dropout off
+
+    def _run(self, ids: Tensor, mask: Tensor) -> Tensor:
+        output = self._decoder(
+            input_ids=ids, attention_mask=mask.long(), position_ids=positions_of(mask), use_cache=False
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    @contextmanager
+    def _replaced(self, indexes: range, inject: Tensor | None = None) -> Iterator[None]:
+        kept = {index: self.stack.layers[index] for index in indexes}
+        try:
+            for index in indexes:
+                self._bypasses[index].inject = inject
+                self.stack.layers[index] = self._bypasses[index]
+            yield
+        finally:
+            for index, layer in kept.items():
+                self.stack.layers[index] = layer
+                self._bypasses[index].inject = self._bypasses[index].seen = None
+
+    def _make_bypasses(self) -> list[Bypass]:
+        tuples: dict[int, bool] = {}
+        hooks = [
+            layer.register_forward_hook(lambda _, __, out, i=i: tuples.__setitem__(i, isinstance(out, tuple)))
+            for i, layer in enumerate(self.stack.layers)
+        ]
+        try:
+            with torch.no_grad():
+                self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [Bypass(layer, tuples[i]) for i, layer in enumerate(self.stack.layers)]
+
+    def check_split(self) -> None:
+        """Compare trunk, top and logits with the model's own forward on a few tokens. Raises UserError if they differ.
+
+        It costs one short pass and catches an architecture whose forward is not embeddings, layers, norm, head.
+        """
+        size = min(100, self.model.config.get_text_config().vocab_size)
+        ids = torch.arange(1, 9, device=self.device).remainder(size).view(2, 4)
+        mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]], device=self.device, dtype=torch.bool)
+        with torch.no_grad():
+            ours = self.logits(self.hidden("policy", self.trunk(ids, mask)))[mask].float()
+            own = (
+                self.model(input_ids=ids, attention_mask=mask.long(), position_ids=positions_of(mask), use_cache=False)
+                .logits[mask]
+                .float()
+            )
+        error = ((ours - own).norm() / own.norm().clamp(min=1e-12)).item()
+        if not error < 1e-2:
+            raise UserError(
+                f"model: {type(self.model).__name__} cannot be run as trunk and top (relative error {error:.1e}); "
+                "its forward does more than embeddings, layers, norm and head"
+            )
+
+
+def _head(width: int, device: torch.device) -> nn.Linear:
+    head = nn.Linear(width, 1, device=device, dtype=torch.float32)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
