@@ -135,7 +135,7 @@ def chunked_logprobs(
 def next_kl_coefficient(coefficient: float, kl: float, target: float, horizon: int, episodes: int) -> float:
     """The KL coefficient after a batch of `episodes` whose mean KL was `kl` nats a response.
 
-    Source: Ziegler et al. 2019 (arXiv 1909.08593), section 2.2: proportional control in log space, error clipped to 0.2.
+    Source: Ziegler et al. 2019 (arXiv 1909.08593), section 2.2: proportional control, error clipped to 0.2.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return coefficient * (1 + error * episodes / horizon)

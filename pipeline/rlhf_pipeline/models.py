@@ -49,7 +49,7 @@ def load_base(folder: Path, quantization: Quantization, device: torch.device, cl
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     dtype = compute_dtype(quantization, device)
-    arguments: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "attn_implementation": "sdpa"}
+    arguments: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     if quantization.type != "none":
         arguments["quantization_config"] = _bitsandbytes(quantization, dtype)
     if classifier:
@@ -84,7 +84,7 @@ class Stack:
 
 def stack_of(model: nn.Module) -> Stack:
     """The decoder layers of `model`: the list of modules as long as its config says it is deep."""
-    depth = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr,operator]
+    depth = model.config.get_text_config().num_hidden_layers
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return Stack(module, path.rsplit(".", 1)[-1], path)

@@ -1,9 +1,10 @@
 """Four roles on one base: policy, critic and reward are adapters, the reference is the base with none.
 
-With `lora.layers: top:k` the adapters sit on the top k layers, so below them all roles compute the same thing: the trunk.
-It is computed once for a batch (`Roles.trunk`) and every role continues from it (`Roles.hidden`).
+With `lora.layers: top:k` the adapters sit on the top k layers, so below them all roles compute the same: the trunk. It is
+computed once for a batch (`Roles.trunk`) and every role continues from it (`Roles.hidden`).
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class Roles:
 
     def __init__(self, model: Any, lora: Lora, *, critic: bool = True) -> None:
         """Add a policy adapter (and a critic) to `model`, which must be frozen. A new adapter changes nothing yet."""
-        from peft import inject_adapter_in_model
+        from peft import get_peft_model
 
         self.model = model
         self.stack = stack_of(model)
@@ -69,10 +70,10 @@ class Roles:
         self.width = int(model.get_input_embeddings().weight.shape[-1])
         self.device = model.get_input_embeddings().weight.device
         self.heads = nn.ModuleDict()
-        self._config = lora_config(lora, model, top=True)
-        for name in ("policy", "critic") if critic else ("policy",):
-            inject_adapter_in_model(self._config, model, adapter_name=name)
+        config = lora_config(lora, model, top=True)
+        self._peft = get_peft_model(model, config, adapter_name="policy")  # changes `model` in place
         if critic:
+            self._peft.add_adapter("critic", config)
             self.heads["critic"] = _head(self.width, self.device)
         self._after_injection()
         self._bypasses = self._make_bypasses()
@@ -145,12 +146,10 @@ class Roles:
 
     def add_reward(self, folder: Path) -> None:
         """Load a frozen reward adapter and its head from an artifact's folder."""
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import LoraConfig
         from safetensors.torch import load_file
 
-        config = LoraConfig.from_pretrained(folder / "adapter")
-        config.inference_mode = True
-        inject_adapter_in_model(config, self.model, adapter_name="reward")
+        self._peft.add_adapter("reward", LoraConfig.from_pretrained(folder / "adapter"))
         self._load_adapter("reward", folder / "adapter")
         self.heads["reward"] = _head(self.width, self.device)
         self.heads["reward"].load_state_dict(load_file(folder / "head.safetensors"), strict=False)
@@ -208,8 +207,9 @@ class Roles:
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        config = self.model.peft_config[role]
-        config.base_model_name_or_path = None
+        config = copy.copy(self._peft.peft_config[role])
+        config.base_model_name_or_path = None  # a path of this machine means nothing to the next one
+        config.inference_mode = True
         config.save_pretrained(folder)
         weights = {name: t for name, t in self.state(role).items() if not name.startswith("head.")}
         save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})

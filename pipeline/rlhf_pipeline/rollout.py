@@ -1,0 +1,192 @@
+"""Sampling responses: a static KV cache, and on CUDA one graph for the whole decode step, sampling included."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_pipeline.losses import truncate_at_eos
+from rlhf_pipeline.roles import positions_of
+
+STOP_CHECK_STEPS = 16  # on CUDA, asking whether all have ended waits for the device: ask this seldom
+WARMUP_STEPS = 2  # before a graph is captured
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. temperature 0 is greedy; top_p below 1 keeps the smallest set of tokens that reaches it."""
+
+    response_tokens: int
+    eos: int
+    pad: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Prompts with what was sampled after them."""
+
+    ids: Tensor  # (batch, prompt + response), PAD left of the prompt and after EOS
+    mask: Tensor  # the same shape, true where a token is real
+    prompt_tokens: int
+    ended: Tensor  # (batch,), whether there was an EOS
+
+    @property
+    def response_ids(self) -> Tensor:
+        """(batch, response)."""
+        return self.ids[:, self.prompt_tokens :]
+
+    @property
+    def response_mask(self) -> Tensor:
+        """(batch, response), EOS included."""
+        return self.mask[:, self.prompt_tokens :]
+
+
+@torch.no_grad()
+def rollout(model: Any, ids: Tensor, mask: Tensor, sampling: Sampling, rows: int | None = None) -> Responses:
+    """Sample a response to each prompt from `model` with its active adapter, `rows` prompts at a time.
+
+    ids, mask: (batch, prompt), padded on the left. Draws from PyTorch's global generator of the device: seed it first.
+    The cache lives only as long as this call.
+    """
+    parts = [
+        _Decoder(model, i, m, sampling).run()
+        for i, m in zip(ids.split(rows or len(ids)), mask.bool().split(rows or len(ids)), strict=True)
+    ]
+    raw = torch.cat(parts)
+    response, real, ended = truncate_at_eos(raw, sampling.eos, sampling.pad)
+    return Responses(
+        torch.cat([ids, response], 1), torch.cat([mask.bool(), real], 1), prompt_tokens=ids.shape[1], ended=ended
+    )
+
+
+def sample(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """One token a row. logits: (batch, vocabulary); returns (batch,). Capturable in a CUDA graph."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = torch.softmax(logits.float() / temperature, -1)
+    if top_p < 1:
+        ordered, order = probabilities.sort(-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p
+        probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered.masked_fill(beyond, 0.0))
+    # argmax of p / Exponential(1) has distribution p; unlike multinomial it needs no synchronisation.
+    return (probabilities / torch.empty_like(probabilities).exponential_(1)).argmax(-1)
+
+
+class _Decoder:
+    """One batch from prefill to the last token."""
+
+    def __init__(self, model: Any, ids: Tensor, mask: Tensor, sampling: Sampling) -> None:
+        from transformers import DynamicCache, StaticCache
+
+        self.model, self.ids, self.prompt_mask, self.sampling = model, ids, mask, sampling
+        batch, prompt = ids.shape
+        total = prompt + sampling.response_tokens
+        config = model.config.get_text_config()
+        device = ids.device
+        # Layers with a sliding window keep a cache of their own length and need masks of their own: such a model
+        # builds its masks itself and is decoded eagerly.
+        self.windowed = getattr(config, "sliding_window", None) is not None or any(
+            kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()
+        )
+        if self.windowed:
+            self.cache = DynamicCache(config=config)
+        else:
+            self.cache = StaticCache(config=config, max_cache_len=total)
+        self.additive = config._attn_implementation != "sdpa"
+        self.real = torch.zeros(batch, total, dtype=torch.bool, device=device)  # cache slots that may be attended to
+        self.real[:, :prompt] = mask
+        self.slot = torch.full((1,), prompt, dtype=torch.long, device=device)
+        self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.position = mask.long().sum(-1, keepdim=True)
+        self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.out = torch.full((batch, sampling.response_tokens), sampling.pad, dtype=torch.long, device=device)
+
+    def run(self) -> Tensor:
+        """Token ids of the responses, (batch, response), PAD after EOS."""
+        self._prefill()
+        steps = self.sampling.response_tokens - 1
+        cuda = self.ids.is_cuda
+        step: Callable[[], None] = self._step
+        if cuda and not self.windowed and steps > 2 * WARMUP_STEPS:
+            step = self._captured()
+        for index in range(steps):
+            if (not cuda or index % STOP_CHECK_STEPS == 0) and bool(self.finished.all()):
+                break
+            step()
+        return self.out
+
+    def _prefill(self) -> None:
+        prompt = self.ids.shape[1]
+        causal = torch.ones(prompt, self.real.shape[1], dtype=torch.bool, device=self.ids.device).tril()
+        # A query on padding attends to itself: a row without any key would be NaN and spread through the cache.
+        own = torch.eye(prompt, self.real.shape[1], dtype=torch.bool, device=self.ids.device)
+        allowed = (causal & self.real[:, None, None, :]) | own
+        output = self.model(
+            input_ids=self.ids,
+            attention_mask=self.prompt_mask.long() if self.windowed else self._as_mask(allowed),
+            position_ids=positions_of(self.prompt_mask),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._emit(output.logits[:, -1], torch.zeros_like(self.slot))
+
+    def _step(self) -> None:
+        # The token drawn last goes into the cache at `slot`, and may be attended to from now on.
+        self.real.index_fill_(1, self.slot, True)
+        if self.windowed:
+            mask = self.real[:, : int(self.slot) + 1].long()
+        else:
+            mask = self._as_mask(self.real[:, None, None, :])
+        output = self.model(
+            input_ids=self.token,
+            attention_mask=mask,
+            position_ids=self.position,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.position.add_(1)
+        self.slot.add_(1)
+        self._emit(output.logits[:, -1], self.slot - self.ids.shape[1])
+
+    def _emit(self, logits: Tensor, index: Tensor) -> None:
+        drawn = sample(logits, self.sampling.temperature, self.sampling.top_p)
+        drawn = drawn.masked_fill(self.finished, self.sampling.pad)
+        self.out.index_copy_(1, index, drawn[:, None])
+        self.finished.logical_or_(drawn == self.sampling.eos)
+        self.token.copy_(drawn[:, None])
+
+    def _as_mask(self, allowed: Tensor) -> Tensor:
+        if not self.additive:
+            return allowed
+        dtype = self.model.dtype
+        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
+            ~allowed, torch.finfo(dtype).min
+        )
+
+    def _captured(self) -> Callable[[], None]:
+        """The decode step as a CUDA graph; what warming up and capturing changed is put back."""
+        state = (self.real, self.slot, self.token, self.position, self.finished, self.out)
+        state += tuple(layer.cumulative_length for layer in self.cache.layers)
+        kept = [tensor.clone() for tensor in state]
+
+        def restore() -> None:
+            for tensor, before in zip(state, kept, strict=True):
+                tensor.copy_(before)
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARMUP_STEPS):
+                self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        restore()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        restore()
+        return graph.replay
