@@ -237,6 +237,13 @@ class PPO(Section):
     checkpoint_steps: Positive = Field(20, description="Rollouts between checkpoints.")
     sample_steps: Positive = Field(10, description="Rollouts between logged generations.")
 
+    @property
+    def effective_mini_batch_size(self) -> int:
+        """Episodes an optimiser step: miniBatchSize, else a quarter of batchSize if micro-batches divide it, else all."""
+        quarter, rest = divmod(self.batch_size, 4)
+        fits = rest == 0 and quarter >= self.micro_batch_size and quarter % self.micro_batch_size == 0
+        return self.mini_batch_size or (quarter if fits else self.batch_size)
+
 
 class Scorer(Section):
     """A scorer that training never saw."""

@@ -1,7 +1,7 @@
 """Four roles on one base: policy, critic and reward are adapters, the reference is the base with none.
 
-With `lora.layers: top:k` the adapters sit on the top k layers, so below them all roles compute the same: the trunk. It is
-computed once for a batch (`Roles.trunk`) and every role continues from it (`Roles.hidden`).
+With `lora.layers: top:k` the adapters sit on the top k layers, so below them all roles compute the same: the trunk. It
+is computed once for a batch (`Roles.trunk`) and every role continues from it (`Roles.hidden`).
 """
 
 import copy
@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rlhf_api.errors import UserError
 from rlhf_api.run import Lora
@@ -56,11 +57,28 @@ class Bypass(nn.Module):
         return (hidden_states,) if self.returns_tuple else hidden_states
 
 
+class Checkpointed(nn.Module):
+    """A decoder layer whose activations are computed again in the backward pass instead of kept."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        if hasattr(layer, "attention_type"):
+            self.attention_type = layer.attention_type
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        # Nothing random runs inside, since every dropout is off: no generator state to keep.
+        return checkpoint(self.layer, *arguments, use_reentrant=False, preserve_rng_state=False, **named)
+
+
 class Roles:
     """One base model with its adapters and scalar heads."""
 
-    def __init__(self, model: Any, lora: Lora, *, critic: bool = True) -> None:
-        """Add a policy adapter (and a critic) to `model`, which must be frozen. A new adapter changes nothing yet."""
+    def __init__(self, model: Any, lora: Lora, *, critic: bool = True, checkpointing: bool = False) -> None:
+        """Add a policy adapter (and a critic) to `model`, which must be frozen. A new adapter changes nothing yet.
+
+        checkpointing: in passes that keep gradients, keep only each layer's input and compute the rest again.
+        """
         from peft import get_peft_model
 
         self.model = model
@@ -70,6 +88,7 @@ class Roles:
         self.width = int(model.get_input_embeddings().weight.shape[-1])
         self.device = model.get_input_embeddings().weight.device
         self.heads = nn.ModuleDict()
+        self.checkpointing = checkpointing
         config = lora_config(lora, model, top=True)
         self._peft = get_peft_model(model, config, adapter_name="policy")  # changes `model` in place
         if critic:
@@ -86,7 +105,8 @@ class Roles:
         """Run the layers below the adapters, without gradients. ids, mask: (batch, sequence)."""
         if self.bottom == 0:
             return Trunk(ids, mask, None)
-        with torch.no_grad(), self._replaced(range(self.bottom, len(self.stack.layers))):
+        above = {index: self._bypasses[index] for index in range(self.bottom, len(self.stack.layers))}
+        with torch.no_grad(), self._replaced(above):
             self._run(ids, mask)
             hidden = self._bypasses[self.bottom].seen
         return Trunk(ids, mask, hidden)
@@ -98,9 +118,14 @@ class Roles:
         the adapter that is active at that time.
         """
         self.activate(role)
-        if trunk.hidden is None:
-            return self._run(trunk.ids, trunk.mask)
-        with self._replaced(range(self.bottom), inject=trunk.hidden):
+        replaced: dict[int, nn.Module] = {}
+        if trunk.hidden is not None:
+            self._bypasses[self.bottom - 1].inject = trunk.hidden
+            replaced |= {index: self._bypasses[index] for index in range(self.bottom)}
+        if self.checkpointing and torch.is_grad_enabled():
+            layers = self.stack.layers
+            replaced |= {index: Checkpointed(layers[index]) for index in range(self.bottom, len(layers))}
+        with self._replaced(replaced):
             return self._run(trunk.ids, trunk.mask)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -247,17 +272,18 @@ class Roles:
         return hidden
 
     @contextmanager
-    def _replaced(self, indexes: range, inject: Tensor | None = None) -> Iterator[None]:
-        kept = {index: self.stack.layers[index] for index in indexes}
+    def _replaced(self, replaced: dict[int, nn.Module]) -> Iterator[None]:
+        """Run the model's own forward with some of its layers exchanged: masks and positions stay its own business."""
+        kept = {index: self.stack.layers[index] for index in replaced}
         try:
-            for index in indexes:
-                self._bypasses[index].inject = inject
-                self.stack.layers[index] = self._bypasses[index]
+            for index, layer in replaced.items():
+                self.stack.layers[index] = layer
             yield
         finally:
             for index, layer in kept.items():
                 self.stack.layers[index] = layer
-                self._bypasses[index].inject = self._bypasses[index].seen = None
+            for bypass in self._bypasses:
+                bypass.inject = bypass.seen = None
 
     def _make_bypasses(self) -> list[Bypass]:
         tuples: dict[int, bool] = {}

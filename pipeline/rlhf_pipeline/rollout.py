@@ -138,13 +138,12 @@ class _Decoder:
     def _step(self) -> None:
         # The token drawn last goes into the cache at `slot`, and may be attended to from now on.
         self.real.index_fill_(1, self.slot, True)
-        if self.windowed:
-            mask = self.real[:, : int(self.slot) + 1].long()
-        else:
-            mask = self._as_mask(self.real[:, None, None, :])
+        seen = (
+            self.real[:, : int(self.slot) + 1].long() if self.windowed else self._as_mask(self.real[:, None, None, :])
+        )
         output = self.model(
             input_ids=self.token,
-            attention_mask=mask,
+            attention_mask=seen,
             position_ids=self.position,
             past_key_values=self.cache,
             use_cache=True,

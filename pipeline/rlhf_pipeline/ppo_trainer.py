@@ -1,0 +1,318 @@
+"""The PPO algorithm on one base with four roles, as numbered steps: `Trainer.step`.
+
+Every detail follows "The N+ Implementation Details of RLHF with PPO" (arXiv 2403.17031), N+ below; the formulas are in
+losses.py, the roles in roles.py, the sampling in rollout.py.
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_api.errors import RLHFError, TrainingError
+from rlhf_api.run import PPO
+from rlhf_pipeline.losses import (
+    chunked_logprobs,
+    explained_variance,
+    gae,
+    masked_mean,
+    masked_whiten,
+    next_kl_coefficient,
+    policy_loss,
+    token_rewards,
+    value_loss,
+)
+from rlhf_pipeline.roles import Role, Roles, Trunk
+from rlhf_pipeline.rollout import Responses, Sampling, rollout
+from rlhf_pipeline.scoring import Score, micro_batches
+
+TRAINED: tuple[Role, ...] = ("policy", "critic")
+ADAM_EPSILON = 1e-5  # N+, detail "Adam's epsilon"
+# How far the first update may be from "policy = reference, ratio = 1" by rounding alone, in nats, by activation type.
+START_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+
+
+@dataclass
+class Running:
+    """What training carries from one rollout to the next, besides weights and optimisers."""
+
+    rollouts: int = 0  # finished
+    kl_coefficient: float = 0.0
+    score_mean: float = 0.0
+    score_std: float = 1.0
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the roles say of a rollout."""
+
+    trunk: Trunk
+    logprobs: Tensor  # of the policy, (batch, response)
+    entropy: Tensor  # of the policy, (batch, response)
+    reference: Tensor  # log-probabilities, (batch, response)
+    values: Tensor  # of the critic, (batch, response)
+    raw: Tensor  # score, (batch,)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rollout, scored: everything the epochs over it need."""
+
+    trunk: Trunk
+    response_ids: Tensor  # (batch, response)
+    mask: Tensor  # (batch, response)
+    logprobs: Tensor  # of the policy that sampled, (batch, response)
+    values: Tensor  # (batch, response)
+    advantages: Tensor  # (batch, response)
+    returns: Tensor  # (batch, response)
+
+
+@dataclass(frozen=True)
+class Last:
+    """The rollout just finished, for logs and samples."""
+
+    responses: Responses
+    score: Tensor  # (batch,), normalised
+    kl: Tensor  # (batch,), nats a response
+    figures: dict[str, float]  # what does not depend on the clock
+
+
+class Trainer:
+    """PPO on given prompts; knows nothing of files or stores."""
+
+    def __init__(
+        self, roles: Roles, settings: PPO, score: Score, eos: int, pad: int, seed: int, rollouts: int | None = None
+    ) -> None:
+        self.roles, self.settings, self.score, self.seed = roles, settings, score, seed
+        self.total = rollouts or math.ceil(settings.episodes / settings.batch_size)
+        self.mini = settings.effective_mini_batch_size
+        self.sampling = Sampling(settings.response_tokens, eos, pad, settings.temperature)
+        self.running = Running(kl_coefficient=settings.kl_coefficient)
+        self.optimizers = {
+            "policy": _optimizer(roles, "policy", settings.learning_rate),
+            "critic": _optimizer(roles, "critic", settings.critic_learning_rate or settings.learning_rate),
+        }
+        self._rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
+        self.last: Last
+
+    def step(self, ids: Tensor, mask: Tensor) -> dict[str, float]:
+        """One rollout and the epochs over it. ids, mask: (batch, prompt). Returns what practitioners watch."""
+        clock = _Clock(ids.device)
+        first = self.running.rollouts == 0
+        self._set_learning_rates()
+
+        # 1. Roll out. The seed depends on the rollout alone, so a resumed run draws what an uninterrupted one does.
+        torch.manual_seed(self.seed * 1_000_003 + self.running.rollouts)
+        self.roles.activate("policy")
+        responses = rollout(self.roles.model, ids, mask, self.sampling, self.settings.rollout_batch_size)
+        _release(ids.device)  # the cache is gone; hand its memory to training
+        clock.lap("rollout")
+
+        # 2. Score: the trunk once, then policy, reference, critic and reward from it.
+        scored = self._score(responses)
+        trunk, logprobs, reference, values, raw = (
+            scored.trunk,
+            scored.logprobs,
+            scored.reference,
+            scored.values,
+            scored.raw,
+        )
+        response_mask = responses.response_mask
+        difference = (logprobs - reference) * response_mask
+        kl = difference.sum(-1)  # k1, nats a response
+        if first:
+            self._check_start(difference, "KL of policy to reference")
+            if self.settings.normalize_reward:
+                # The policy still is the reference: these are the reference's statistics (N+, "reward normalisation").
+                self.running.score_mean, self.running.score_std = float(raw.mean()), max(float(raw.std()), 1e-6)
+            if "reward" in self.roles.heads:
+                self.roles.start_critic(self.running.score_mean, self.running.score_std)
+                values = self._values(trunk, responses)
+        score = (raw - self.running.score_mean) / self.running.score_std
+        if self.settings.missing_eos_penalty is not None:
+            score = torch.where(responses.ended, score, -self.settings.missing_eos_penalty)
+        clock.lap("score")
+
+        # 3. Rewards, advantages, returns.
+        rewards = token_rewards(score, logprobs, reference, response_mask, self.running.kl_coefficient)
+        if self.settings.whiten_rewards:
+            rewards = masked_whiten(rewards, response_mask, shift_mean=False)
+        advantages, returns = gae(rewards, values, response_mask, self.settings.gamma, self.settings.gae_lambda)
+        advantages = masked_whiten(advantages, response_mask)
+        batch = Batch(trunk, responses.response_ids, response_mask, logprobs, values, advantages, returns)
+
+        # 4. Update policy and critic.
+        metrics = self._update(batch, first)
+        clock.lap("train")
+
+        # 5. Adapt the KL coefficient, and say how it went.
+        mean_kl = float(kl.mean())
+        metrics |= {
+            "episodes": float((self.running.rollouts + 1) * len(ids)),
+            "reward": float(score.mean()) - self.running.kl_coefficient * mean_kl,
+            "score": float(score.mean()),
+            "score_raw": float(raw.mean()),
+            "kl": mean_kl,
+            "kl_coefficient": self.running.kl_coefficient,
+            "entropy": float(masked_mean(scored.entropy, response_mask)),
+            "explained_variance": explained_variance(values, returns, response_mask),
+            "value_mean": float(masked_mean(values, response_mask)),
+            "return_mean": float(masked_mean(returns, response_mask)),
+            "response_tokens": float(response_mask.sum(-1).float().mean()),
+            "eos_rate": float(responses.ended.float().mean()),
+            "learning_rate": self.optimizers["policy"].param_groups[0]["lr"],
+        }
+        self.last = Last(responses, score, kl, dict(metrics))
+        metrics |= {f"{name}_seconds": seconds for name, seconds in clock.seconds.items()}
+        metrics["tokens_per_second"] = float(response_mask.sum()) / max(clock.seconds["rollout"], 1e-9)
+        if adaptive := self.settings.adaptive_kl:
+            self.running.kl_coefficient = next_kl_coefficient(
+                self.running.kl_coefficient, mean_kl, adaptive.target, adaptive.horizon, len(ids)
+            )
+        self.running.rollouts += 1
+        return metrics
+
+    def state(self) -> dict[str, Any]:
+        """Weights and optimisers of policy and critic, as tensors and plain values."""
+        return {
+            role: {"weights": self.roles.state(role), "optimizer": self.optimizers[role].state_dict()}
+            for role in TRAINED
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Put back what `state` gave."""
+        for role in TRAINED:
+            self.roles.load_state(role, state[role]["weights"])
+            self.optimizers[role].load_state_dict(state[role]["optimizer"])
+
+    # ---- the steps' details ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _score(self, responses: Responses) -> Scored:
+        hidden: list[Tensor] = []
+        columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        for part in micro_batches(len(responses.ids), self.settings.micro_batch_size):
+            trunk = self.roles.trunk(responses.ids[part], responses.mask[part])
+            logprobs, entropy = self._logprobs("policy", trunk, responses.response_ids[part])
+            reference, _ = self._logprobs("reference", trunk, responses.response_ids[part])
+            columns.append((logprobs, entropy, reference, self._response_values(trunk)))
+            if trunk.hidden is not None:
+                hidden.append(trunk.hidden)
+        whole = Trunk(responses.ids, responses.mask, torch.cat(hidden) if hidden else None)
+        logprobs, entropy, reference, values = (torch.cat(column) for column in zip(*columns, strict=True))
+        return Scored(whole, logprobs, entropy, reference, values, self.score(whole, responses).float())
+
+    def _values(self, trunk: Trunk, responses: Responses) -> Tensor:
+        with torch.no_grad():
+            parts = micro_batches(len(responses.ids), self.settings.micro_batch_size)
+            return torch.cat([self._response_values(trunk.rows(part)) for part in parts])
+
+    def _logprobs(self, role: Role, trunk: Trunk, response_ids: Tensor) -> tuple[Tensor, Tensor]:
+        # The state before a token is the hidden state one position to its left.
+        hidden = self.roles.hidden(role, trunk)[:, -response_ids.shape[1] - 1 : -1]
+        return chunked_logprobs(hidden, response_ids, self.roles.logits, self.settings.temperature)
+
+    def _response_values(self, trunk: Trunk) -> Tensor:
+        return self.roles.values(trunk)[:, -self.settings.response_tokens - 1 : -1]
+
+    def _update(self, batch: Batch, first: bool) -> dict[str, float]:
+        settings = self.settings
+        totals: dict[str, float] = {}
+        minis = 0
+        ratio_max = 0.0
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.running.rollouts)
+        stopped = False
+        for epoch in range(settings.epochs):
+            for rows in torch.randperm(len(batch.mask), generator=generator).split(self.mini):
+                sums = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "value_clip_fraction"), 0.0)
+                sums |= {"approx_kl": 0.0, "ratio_mean": 0.0}
+                tokens = batch.mask[rows].sum()
+                for part in rows.split(settings.micro_batch_size):
+                    part = part.to(batch.mask.device)
+                    mask, old = batch.mask[part], batch.logprobs[part]
+                    trunk = batch.trunk.rows(part)
+                    new, _ = self._logprobs("policy", trunk, batch.response_ids[part])
+                    if first and epoch == 0 and minis == 0:
+                        self._check_start((new - old) * mask, "log ratio of the first mini-batch")
+                    loss, clipped = policy_loss(new, old, batch.advantages[part], mask, settings.clip_range)
+                    (loss / tokens).backward()  # before another role is activated: see Roles.hidden
+                    with torch.no_grad():
+                        log_ratio = (new - old) * mask
+                        ratio = log_ratio.exp()
+                        sums["policy_loss"] += float(loss / tokens)
+                        sums["clip_fraction"] += float(clipped / tokens)
+                        sums["approx_kl"] += float(((ratio - 1 - log_ratio) * mask).sum() / tokens)  # k3
+                        sums["ratio_mean"] += float((ratio * mask).sum() / tokens)
+                        ratio_max = max(ratio_max, float(ratio.max()))
+                    values = self._response_values(trunk)
+                    loss, clipped = value_loss(
+                        values, batch.values[part], batch.returns[part], mask, settings.value_clip_range
+                    )
+                    (settings.value_coefficient * loss / tokens).backward()
+                    sums["value_loss"] += float(loss / tokens)
+                    sums["value_clip_fraction"] += float(clipped / tokens)
+                for name in TRAINED:
+                    norm = torch.nn.utils.clip_grad_norm_(self.roles.parameters(name), settings.max_grad_norm)
+                    sums["grad_norm" if name == "policy" else "critic_grad_norm"] = float(norm)
+                    if not math.isfinite(float(norm)):
+                        raise TrainingError(f"ppo: the gradient of the {name} is {float(norm)} in {self._where()}")
+                    self.optimizers[name].step()
+                    self.optimizers[name].zero_grad(set_to_none=True)
+                minis += 1
+                for key, value in sums.items():
+                    totals[key] = totals.get(key, 0.0) + value
+                if settings.update_kl is not None and sums["approx_kl"] > settings.update_kl:
+                    stopped = True
+                    break
+            if stopped:
+                break
+        return {key: value / minis for key, value in totals.items()} | {"ratio_max": ratio_max, "updates": float(minis)}
+
+    def _check_start(self, difference: Tensor, what: str) -> None:
+        """Before any update, policy and reference are the same function; if not, a role or a mask is wrong."""
+        worst = float(difference.abs().max())
+        if not worst <= START_TOLERANCE[self.roles.model.dtype]:
+            raise RLHFError(f"ppo: {what} is {worst:.3g} nats before the first update, and must be 0")
+
+    def _where(self) -> str:
+        return f"rollout {self.running.rollouts + 1} of {self.total}"
+
+    def _set_learning_rates(self) -> None:
+        left = 1.0 - self.running.rollouts / self.total if self.settings.schedule == "linear" else 1.0
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = self._rates[name] * left
+
+
+def _optimizer(roles: Roles, role: Role, rate: float) -> torch.optim.Optimizer:
+    parameters = roles.parameters(role)
+    if roles.device.type == "cuda":
+        from bitsandbytes.optim import PagedAdamW8bit
+
+        paged: torch.optim.Optimizer = PagedAdamW8bit(parameters, lr=rate, eps=ADAM_EPSILON, weight_decay=0.0)
+        return paged
+    return torch.optim.AdamW(parameters, lr=rate, eps=ADAM_EPSILON, weight_decay=0.0)
+
+
+def _release(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+class _Clock:
+    """Seconds of each part of a step, the device's work included."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[name], self.last = now - self.last, now
