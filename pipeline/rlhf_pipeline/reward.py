@@ -1,0 +1,375 @@
+"""The reward stage: a reward adapter with a scalar head, trained by TRL on pairs; or a classifier, or a function.
+
+The adapter sits on the merged base, where PPO's policy and critic sit too, so no second model is ever held.
+"""
+
+import copy
+import gc
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_api.canonical import canonical_json
+from rlhf_api.errors import GateError, UserError
+from rlhf_api.run import Lora, Quantization, Reward
+from rlhf_pipeline.adapters import save_adapter
+from rlhf_pipeline.models import device_of, load_base, load_tokenizer, lora_config
+from rlhf_pipeline.reward_models import ClassifierReward, FunctionReward, RewardCard
+from rlhf_pipeline.stage_process import Stage
+
+NORMALISATION_TEXTS = 128
+COMPARED_PAIRS = 256
+MAX_CPU_PARAMETERS = 2e9  # scoring a larger 16-bit base on a CPU takes longer than it is worth
+
+
+def run(stage: Stage) -> dict[str, float]:
+    """Make the reward model that the run asks for. Returns its held-out figures. Raises GateError below minAccuracy."""
+    reward = stage.settings.reward
+    if not reward:
+        raise UserError("stage.settings: reward needs the section reward")
+    if reward.function:
+        return _function(stage, reward.function)
+    if reward.classifier:
+        return _classifier(stage, reward)
+    return _trained(stage, reward)
+
+
+# ---- a trained adapter ----------------------------------------------------------------------------------------------
+
+
+def _trained(stage: Stage, reward: Reward) -> dict[str, float]:
+    from rlhf_pipeline.training import float32_adapters, held_out_count, row_count, train, training_order
+
+    settings = stage.settings
+    lora, quantization = settings.lora, settings.quantization
+    if not (lora and quantization):
+        raise UserError("stage.settings: reward needs the sections lora and quantization")
+    stage.progress.update(total=reward.steps, phase="loading")
+
+    # 1. the pairs, in the order they are trained on
+    folder, data = stage.input("model"), stage.input("data")
+    tokenizer = load_tokenizer(folder)
+    draws = reward.steps * reward.batch_size
+    order = training_order(row_count(data / "train.parquet"), draws, settings.seed)
+    pairs = _pairs(tokenizer, data / "train.parquet", order, reward.sequence_length)
+    held_out = _pairs(tokenizer, data / "heldout.parquet", slice(held_out_count(draws)), reward.sequence_length)
+    held_out = [pair for pair in held_out if pair[0] != pair[1]]
+    if not held_out:
+        raise UserError(
+            f"reward.sequenceLength: {reward.sequence_length} cuts every held-out pair to the same tokens; raise it"
+        )
+
+    # 2. the base as a classifier with one output, an adapter, a head
+    device = device_of(stage.config.gpu)
+    base = load_base(folder, quantization, device, classifier=True)
+    torch.manual_seed(settings.seed)  # the adapter's first weights
+    trainer = _trainer(stage, reward, with_reward_adapter(base, lora), tokenizer, pairs)
+    float32_adapters(trainer.model)
+    _keep_trunk_frozen(trainer.model)
+
+    # 3. train
+    train(trainer, stage)
+
+    # 4. how good it is on held-out pairs
+    stage.progress.update(phase="held-out accuracy")
+    scores = score_pairs(trainer.model, held_out, tokenizer.pad_token_id)
+    accuracy = pair_accuracy(scores)
+    low, high = wilson_interval(accuracy, len(held_out))
+    if accuracy < reward.min_accuracy:
+        raise GateError(
+            f"reward.minAccuracy: held-out pair accuracy is {accuracy:.3f} (95 % interval {low:.3f} to {high:.3f}, "
+            f"{len(held_out)} pairs), below {reward.min_accuracy}; train longer (reward.steps), raise "
+            "reward.learningRate, adapt more layers (lora.layers), or look at the pairs"
+        )
+
+    # 5. the bias taken off: mean 0, deviation 1 on texts like those of the SFT model
+    stage.progress.update(phase="normalising")
+    texts, source = _normalisation_texts(stage, tokenizer, held_out, reward.sequence_length)
+    plain = scores.flatten() if source == "held-out pairs" else score(trainer.model, texts, tokenizer.pad_token_id)
+    mean, std = plain.mean().item(), max(plain.std().item(), 1e-6)
+
+    # 6. the artifact
+    save_reward_adapter(trainer.model, stage.output)
+    RewardCard("adapter", mean=mean, std=std).save(stage.output)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    report: dict[str, Any] = {
+        "type": "adapter",
+        "accuracy": accuracy,
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "held_out_pairs": len(held_out),
+        "min_accuracy": reward.min_accuracy,
+        "mean": mean,
+        "std": std,
+        "normalised_on": f"{len(plain)} {source}",
+        "margin_mean": (scores[:, 0] - scores[:, 1]).mean().item(),
+        "held_out_scores": {"chosen": scores[:, 0].tolist(), "rejected": scores[:, 1].tolist()},
+        "train_loss_first": losses[0],
+        "train_loss_last": losses[-1],
+        "loss_curve": losses,
+        "steps": reward.steps,
+        "pairs": len(set(order)),
+        "tokens": sum(len(chosen) + len(rejected) for chosen, rejected in pairs),
+        "adapter_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+    }
+    metrics = {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "mean": mean, "std": std}
+
+    # 7. what quantisation costs
+    if reward.compare_base and quantization.type != "none":
+        stage.progress.update(phase="comparing with 16 bit")
+        del trainer, base  # the quantised base makes room for the 16-bit one
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        compared = _compare(
+            folder,
+            lora,
+            stage.output,
+            held_out[:COMPARED_PAIRS],
+            scores[:COMPARED_PAIRS],
+            device,
+            tokenizer.pad_token_id,
+        )
+        report["quantization_cost"] = compared
+        metrics |= {name: value for name, value in compared.items() if isinstance(value, float)}
+    (stage.output / "report.json").write_bytes(canonical_json(report))
+    return metrics
+
+
+Pair = tuple[list[int], list[int]]  # token ids of the chosen and of the rejected text
+
+
+def _pairs(tokenizer: Any, path: Path, rows: Sequence[int] | slice, length: int) -> list[Pair]:
+    from rlhf_pipeline.training import encode, read_columns
+
+    columns = read_columns(path, ["prompt", "chosen", "rejected"], rows)
+    both = [
+        encode(tokenizer, [p + text for p, text in zip(columns["prompt"], columns[side], strict=True)], length)
+        for side in ("chosen", "rejected")
+    ]
+    return list(zip(*both, strict=True))
+
+
+class ScoreHead(nn.Linear):
+    """The scalar head, in float32 whatever the type of the base: bfloat16 has too few digits for close scores."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        super().__init__(width, 1, bias=False, device=device, dtype=torch.float32)
+        nn.init.zeros_(self.weight)  # the loss begins at log 2, not at the noise of random scores
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: (..., width). Returns (..., 1), float32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.float(), self.weight.float())
+
+
+def with_reward_adapter(model: Any, lora: Lora) -> Any:
+    """`model`, a sequence classifier with one output, with a new reward adapter and a head of zeros: PEFT's model."""
+    from peft import get_peft_model
+
+    model.score = ScoreHead(model.score.in_features, model.device)
+    # With task SEQ_CLS, PEFT trains the head too and saves it in checkpoints.
+    return get_peft_model(model, lora_config(lora, model, top=True, task="SEQ_CLS"))
+
+
+def _trainer(stage: Stage, reward: Reward, model: Any, tokenizer: Any, pairs: list[Pair]) -> Any:
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    from rlhf_pipeline.training import trainer_arguments
+
+    arguments = RewardConfig(
+        **trainer_arguments(
+            stage,
+            model,
+            steps=reward.steps,
+            batch_size=reward.batch_size,
+            micro_batch_size=reward.micro_batch_size,
+            learning_rate=reward.learning_rate,
+            schedule=reward.schedule,
+            checkpoint_steps=reward.checkpoint_steps,
+        )
+    )
+    rows = Dataset.from_dict({"chosen_ids": [pair[0] for pair in pairs], "rejected_ids": [pair[1] for pair in pairs]})
+    return RewardTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+
+
+def _keep_trunk_frozen(model: Any) -> None:
+    """Undo what TRL does for checkpointing: embeddings that ask for gradients would make backward run to the bottom."""
+    if hasattr(model.base_model.model, "_require_grads_hook"):
+        model.base_model.model.disable_input_require_grads()
+
+
+def score(model: Any, texts: Sequence[Sequence[int]], pad: int) -> Tensor:
+    """The score of each text, read at its last token. texts: token ids. Returns (texts,), float32, on the CPU."""
+    training = model.training
+    model.eval()
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # equal lengths together: less padding
+    scores = torch.empty(len(texts))
+    size = max(1, 4096 // max(len(text) for text in texts))
+    device = model.device
+    dtype = model.get_input_embeddings().weight.dtype
+    for start in range(0, len(order), size):
+        index = order[start : start + size]
+        width = max(len(texts[i]) for i in index)
+        ids = torch.tensor([[*texts[i], *[pad] * (width - len(texts[i]))] for i in index], device=device)
+        mask = torch.tensor([[1] * len(texts[i]) + [0] * (width - len(texts[i])) for i in index], device=device)
+        with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            scores[index] = model(input_ids=ids, attention_mask=mask).logits.squeeze(-1).float().cpu()
+    model.train(training)
+    return scores
+
+
+def score_pairs(model: Any, pairs: Sequence[Pair], pad: int) -> Tensor:
+    """Scores of pairs: (pairs, 2), chosen first."""
+    return score(model, [text for pair in pairs for text in pair], pad).view(-1, 2)
+
+
+def save_reward_adapter(model: Any, folder: Path) -> None:
+    """Write adapter/ under the layer names of the causal model, and head.safetensors {weight (1, hidden)}.
+
+    The two models name their layers alike, and the head, which only the classifier has, goes to its own file.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    head = tensors.pop(next(name for name in tensors if name.endswith("score.weight")))
+    config = copy.copy(model.peft_config["default"])
+    config.task_type, config.modules_to_save = "CAUSAL_LM", None
+    save_adapter(model, config, tensors, folder / "adapter")
+    save_file({"weight": head.float().cpu().contiguous()}, folder / "head.safetensors")
+
+
+def load_reward_adapter(model: Any, lora: Lora, folder: Path) -> Any:
+    """A sequence classifier with the adapter and head that `save_reward_adapter` wrote."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    adapted = with_reward_adapter(model, lora)
+    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+    head = load_file(folder / "head.safetensors")["weight"]
+    set_peft_model_state_dict(adapted, tensors | {"base_model.model.score.weight": head})
+    return adapted
+
+
+def _normalisation_texts(
+    stage: Stage, tokenizer: Any, held_out: list[Pair], length: int
+) -> tuple[list[list[int]], str]:
+    from rlhf_pipeline.training import encode, read_columns
+
+    if not stage.has("sft"):
+        return [text for pair in held_out for text in pair], "held-out pairs"
+    path = stage.input("sft") / "heldout.parquet"
+    texts = read_columns(path, ["text"], slice(NORMALISATION_TEXTS))["text"]
+    return encode(tokenizer, texts, length), "held-out SFT texts"
+
+
+def _compare(
+    folder: Path, lora: Lora, adapter: Path, pairs: list[Pair], quantised: Tensor, device: torch.device, pad: int
+) -> dict[str, float | str | int]:
+    """Accuracy and rank agreement of the quantised base against the 16-bit one, with the same adapter."""
+    place = _place_of_16_bit(folder, device)
+    if isinstance(place, str):
+        return {"skipped": place}
+    model = load_base(folder, Quantization(type="none"), place, classifier=True)
+    exact = score_pairs(load_reward_adapter(model, lora, adapter), pairs, pad)
+    same = (quantised[:, 0] > quantised[:, 1]) == (exact[:, 0] > exact[:, 1])
+    return {
+        "pairs": len(pairs),
+        "accuracy_quantised": pair_accuracy(quantised),
+        "accuracy_16_bit": pair_accuracy(exact),
+        "rank_correlation": rank_correlation(quantised.flatten(), exact.flatten()),
+        "same_preference": same.double().mean().item(),
+    }
+
+
+def _place_of_16_bit(folder: Path, device: torch.device) -> torch.device | str:
+    parameters = sum(_safetensors_parameters(path) for path in folder.glob("*.safetensors"))
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cap = torch.cuda.get_per_process_memory_fraction(device) * torch.cuda.get_device_properties(device).total_memory
+        if 2.2 * parameters + 2**30 < min(free, cap):
+            return device
+    if parameters < MAX_CPU_PARAMETERS:
+        return torch.device("cpu")
+    return f"{parameters / 1e9:.1f} billion weights in 16 bit do not fit the GPU, and a CPU would take too long"
+
+
+def _safetensors_parameters(path: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+
+def pair_accuracy(scores: Tensor) -> float:
+    """The share of pairs whose chosen text scores higher. scores: (pairs, 2), chosen first."""
+    return (scores[:, 0] > scores[:, 1]).double().mean().item()
+
+
+def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % interval of a share seen in `count` trials. Source: Wilson 1927."""
+    centre = share + z * z / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Spearman's rank correlation of two vectors, with average ranks for ties."""
+    ranks = torch.stack([_ranks(a), _ranks(b)])
+    return torch.corrcoef(ranks)[0, 1].item()
+
+
+def _ranks(values: Tensor) -> Tensor:
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0)
+    return (last - (counts - 1) / 2).double()[inverse]
+
+
+# ---- a classifier, a function ---------------------------------------------------------------------------------------
+
+
+def _classifier(stage: Stage, reward: Reward) -> dict[str, float]:
+    from rlhf_pipeline.sources import fetch_model
+
+    assert reward.classifier
+    stage.progress.update(phase="reading the classifier")
+    source = fetch_model(reward.classifier.source, reward.classifier.revision, stage.work / "classifier")
+    classifier = ClassifierReward(source, reward.classifier.label, torch.device("cpu"))
+    classifier.model.save_pretrained(stage.output / "classifier")
+    classifier.tokenizer.save_pretrained(stage.output / "classifier")
+    RewardCard("classifier", label=reward.classifier.label).save(stage.output)
+    return _sample_report(stage, classifier, {"type": "classifier", "label": reward.classifier.label})
+
+
+def _function(stage: Stage, reference: str) -> dict[str, float]:
+    stage.progress.update(phase="trying the function")
+    RewardCard("function", function=reference).save(stage.output)
+    return _sample_report(stage, FunctionReward(reference), {"type": "function", "function": reference})
+
+
+def _sample_report(stage: Stage, scorer: Any, figures: dict[str, Any]) -> dict[str, float]:
+    """Score a few texts, so that a scorer that cannot work fails here and not in PPO."""
+    from rlhf_pipeline.training import read_columns
+
+    texts = ["The film was a pleasure to watch.", "The film was a waste of time."]
+    if stage.has("sft"):
+        texts = read_columns(stage.input("sft") / "heldout.parquet", ["text"], slice(NORMALISATION_TEXTS))["text"]
+    scores = torch.tensor(scorer([""] * len(texts), texts))
+    figures |= {
+        "samples": len(texts),
+        "mean": scores.mean().item(),
+        "std": scores.std(correction=0).item(),
+        "scores": scores.tolist(),
+    }
+    (stage.output / "report.json").write_bytes(canonical_json(figures))
+    return {"mean": figures["mean"], "std": figures["std"]}
