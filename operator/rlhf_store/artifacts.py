@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 from pydantic import ValidationError
 
 from rlhf_api.errors import IntegrityError, StoreError, UserError
-from rlhf_api.layout import ARTIFACTS, attempt_prefix, manifest_key
+from rlhf_api.layout import ARTIFACTS, artifact_prefix, attempt_prefix, manifest_key
 from rlhf_api.stage import ArtifactKind, ArtifactRef, StoreConfig
 from rlhf_store.file_objects import FileObjects
 from rlhf_store.manifest import FileEntry, Manifest, checked_path, content_digest
@@ -102,6 +102,16 @@ class Artifacts:
     def writer(self, ref: ArtifactRef, attempt: str) -> "ArtifactWriter":
         """A writer of one artifact. `attempt` is unique among its writers."""
         return ArtifactWriter(self, ref, attempt)
+
+    def tidy(self, manifest: Manifest) -> None:
+        """Remove what a committed artifact has no more use for: its checkpoints and every other attempt at it.
+
+        A writer that is still at one of those has lost already.
+        """
+        artifact = artifact_prefix(manifest.kind, manifest.digest)
+        own = f"{artifact}{manifest.attempt}/"
+        used = {f"{own}{path}" for path in manifest.files} | {manifest_key(manifest.kind, manifest.digest)}
+        self.objects.delete([info.key for info in self.objects.walk(artifact) if info.key not in used])
 
     def list(self, kind: ArtifactKind | None = None) -> Iterator[Manifest]:
         """The manifests of all whole artifacts, sorted by kind and digest."""

@@ -1,0 +1,133 @@
+"""The stage process: `python -m rlhf_pipeline --config stage.json --work DIR --result FILE`."""
+
+import argparse
+import importlib
+import math
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from rlhf_api.errors import RLHFError, UserError
+from rlhf_api.names import EXIT_CODES, EXIT_INTERRUPTED, EXIT_OK
+from rlhf_api.stage import Program, StageConfig, StageFailure, StageResult
+from rlhf_pipeline.failures import classify
+from rlhf_pipeline.stage_process import Interrupted, Stage, surroundings
+from rlhf_store.artifacts import Manifest, open_artifacts
+
+# Imported when run: each brings its own heavy libraries.
+PROGRAMS: dict[Program, str] = {
+    "import-model": "rlhf_pipeline.importing:import_model",
+    "import-data": "rlhf_pipeline.importing:import_data",
+    "sft": "rlhf_pipeline.sft:run",
+    "merge": "rlhf_pipeline.merge:run",
+    "reward": "rlhf_pipeline.reward:run",
+    "ppo": "rlhf_pipeline.ppo:run",
+    "evaluate": "rlhf_pipeline.evaluate:run",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one stage and write its result. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m rlhf_pipeline", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="StageConfig as JSON")
+    parser.add_argument("--work", type=Path, required=True, help="working folder; a restarted stage may reuse it")
+    parser.add_argument("--result", type=Path, required=True, help="where the StageResult goes")
+    options = parser.parse_args(arguments)
+    began = time.monotonic()
+    result, code = _outcome(options.config, options.work)
+    result = result.model_copy(update={"seconds": round(time.monotonic() - began, 3)})
+    options.result.parent.mkdir(parents=True, exist_ok=True)
+    temporary = options.result.with_name(f".{options.result.name}.new")
+    temporary.write_bytes(result.to_bytes())
+    temporary.replace(options.result)
+    return code
+
+
+def _outcome(config_file: Path, work: Path) -> tuple[StageResult, int]:
+    name, stage = "", None
+    try:
+        config = _read_config(config_file)
+        name = config.stage
+        artifacts = open_artifacts(config.store)
+        manifest = artifacts.find(config.output)
+        if manifest is None:
+            work.mkdir(parents=True, exist_ok=True)
+            stage = Stage(config, artifacts, work)
+            stage.handle_signals()
+            manifest = run_stage(stage)
+        metrics = manifest.metadata.get("metrics", {})
+        return StageResult(stage=name, artifact=manifest.ref, metrics=metrics), EXIT_OK
+    except Exception as error:  # noqa: BLE001 - the process boundary: every failure gets a class and a result
+        checkpoint = stage.checkpoints.newest if stage else None
+        interrupted = isinstance(error, Interrupted) or (
+            stage is not None and stage.stop_requested and not isinstance(error, RLHFError)
+        )
+        if interrupted:
+            message = f"{str(error) or 'asked to stop'}; run again to continue"
+            failure, code = (
+                StageFailure(failure="infrastructure", message=message, checkpoint=checkpoint),
+                EXIT_INTERRUPTED,
+            )
+        else:
+            kind, message = classify(error, work)
+            failure, code = StageFailure(failure=kind, message=message, checkpoint=checkpoint), EXIT_CODES[kind]
+            if kind == "bug":
+                traceback.print_exc()
+        print(f"{name or config_file}: {failure.message}", file=sys.stderr)
+        return StageResult(stage=name, failure=failure), code
+
+
+def run_stage(stage: Stage) -> Manifest:
+    """Run the stage's program, upload its output and commit it; returns the manifest that counts."""
+    began = time.monotonic()
+    metrics = _checked(_program(stage.config.program)(stage), stage.config.stage)
+    stage.progress.update(phase="committing")
+    stage.close()
+    stage.writer.add_folder(stage.output, move=True)
+    manifest = stage.writer.commit(
+        {
+            "metrics": metrics,
+            "seconds": round(time.monotonic() - began, 3),
+            "config": stage.config.model_dump(mode="json", by_alias=True, exclude_none=True),
+            "inputs": {name: str(ref) for name, ref in stage.config.inputs.items()},
+            **surroundings(),
+        }
+    )
+    stage.artifacts.tidy(manifest)
+    for folder in ("inputs", "output", "checkpoint"):
+        shutil.rmtree(stage.work / folder, ignore_errors=True)
+    return manifest
+
+
+def _read_config(path: Path) -> StageConfig:
+    try:
+        return StageConfig.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first: Any = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"{path}: {field}: {first['msg']}; it is written by the operator of the same version"
+        ) from error
+
+
+def _program(name: Program) -> Callable[[Stage], dict[str, float]]:
+    module, function = PROGRAMS[name].split(":")
+    program: Callable[[Stage], dict[str, float]] = getattr(importlib.import_module(module), function)
+    return program
+
+
+def _checked(metrics: dict[str, float], stage: str) -> dict[str, float]:
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise RLHFError(f"{stage}: its metric {name} is {value}; leave out what cannot be computed")
+    return {name: float(value) for name, value in metrics.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

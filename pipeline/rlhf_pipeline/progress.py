@@ -1,0 +1,62 @@
+"""How far a stage is, in a small file that a watcher can read at any time."""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rlhf_api.canonical import canonical_json
+from rlhf_api.stage import Progress
+
+INTERVAL = 0.5  # seconds between writes, at least, while nothing but the step changes
+
+
+class ProgressFile:
+    """Writes Progress documents, each replacing the last in one step."""
+
+    def __init__(self, path: Path, stage: str, clock: Callable[[], float] = time.time) -> None:
+        self._path, self._clock = path, clock
+        now = clock()
+        self._progress = Progress(stage=stage, started_at=now, updated_at=now)
+        self._first = (now, 0)  # time and step at which this phase's steps began
+        self._write()
+
+    def update(
+        self, step: int | None = None, total: int | None = None, phase: str | None = None, **metrics: float
+    ) -> None:
+        """Say how far the stage is; what is not given stays. Metrics that are not finite are left out.
+
+        A new phase starts its count at step 0 of 0 unless told otherwise. The time left is extrapolated from
+        the steps seen in this phase.
+        """
+        old, now = self._progress, self._clock()
+        new_phase = phase is not None and phase != old.phase
+        if new_phase:
+            old = old.model_copy(update={"phase": phase, "step": 0, "total": 0})
+        step = old.step if step is None else step
+        total = old.total if total is None else total
+        if new_phase or total != old.total or step < self._first[1]:
+            self._first = (now, step)
+        self._progress = old.model_copy(
+            update={
+                "step": step,
+                "total": total,
+                "metrics": old.metrics | {name: float(v) for name, v in metrics.items() if math.isfinite(v)},
+                "updated_at": now,
+                "eta_seconds": self._eta(step, total, now),
+            }
+        )
+        if new_phase or step == total or now - self._written >= INTERVAL:
+            self._write()
+
+    def _eta(self, step: int, total: int, now: float) -> float | None:
+        since, first = self._first
+        if step <= first or total < step:
+            return None
+        return round((now - since) / (step - first) * (total - step), 1)
+
+    def _write(self) -> None:
+        temporary = self._path.with_name(f".{self._path.name}.new")
+        temporary.write_bytes(canonical_json(self._progress.model_dump(mode="json", by_alias=True)))
+        temporary.replace(self._path)
+        self._written = self._clock()

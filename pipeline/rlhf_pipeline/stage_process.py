@@ -1,0 +1,130 @@
+"""What every stage program is given: its settings, its inputs, a folder for its output, and its surroundings."""
+
+import os
+import platform
+import resource
+import secrets
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rlhf_api.names import PROGRESS_FILE
+from rlhf_api.stage import StageConfig, StageSettings
+from rlhf_pipeline.checkpoints import Checkpoints
+from rlhf_pipeline.progress import ProgressFile
+from rlhf_pipeline.tracking import Tracking
+from rlhf_store.artifacts import Artifacts, ArtifactWriter, Manifest
+
+PACKAGES = ("rlhf-operator", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
+
+
+class Interrupted(Exception):
+    """The process was asked to stop. Raised by a program after it saved its checkpoint."""
+
+
+class Stage:
+    """One run of one stage.
+
+    config, settings: what to do. work: a folder for anything; output: the folder that becomes the artifact.
+    writer: sends a large file to the artifact early. progress, checkpoints, artifacts: see their classes.
+    """
+
+    def __init__(self, config: StageConfig, artifacts: Artifacts, work: Path) -> None:
+        self.config, self.artifacts, self.work = config, artifacts, work
+        self.settings: StageSettings = config.settings
+        self.output = work / "output"
+        shutil.rmtree(self.output, ignore_errors=True)  # of a process that died here
+        self.output.mkdir(parents=True)
+        # Two runs of one file may share an artifact and an attempt's number, but never a folder.
+        attempt = f"{config.attempt}-{secrets.token_hex(4)}"
+        self.writer: ArtifactWriter = artifacts.writer(config.output, attempt)
+        self.progress = ProgressFile(work / PROGRESS_FILE, config.stage)
+        self.checkpoints = Checkpoints(artifacts, config.output, attempt, work, self.output, self._flush_logs)
+        self._tracking = Tracking(config, self.output / "logs")
+        self._stop_requested = False
+        self._polls = False
+
+    def has(self, name: str) -> bool:
+        """Whether the stage was given this input."""
+        return name in self.config.inputs
+
+    def input(self, name: str, include: Sequence[str] | None = None) -> Path:
+        """Local folder of an input's files, or of those that match a pattern: fetched and verified. Read only.
+
+        Raises KeyError if the stage has no such input, IntegrityError if its bytes are damaged.
+        """
+        ref = self.config.inputs[name]
+        return self.artifacts.fetch(ref, self.work / "inputs" / f"{name}-{ref.digest[:12]}", include)
+
+    def input_manifest(self, name: str) -> Manifest:
+        """Manifest of an input: its files, and its metrics in the metadata."""
+        return self.artifacts.need(self.config.inputs[name])
+
+    def log(self, step: int, **metrics: float) -> None:
+        """Record metrics of a step: logs/metrics.jsonl, TensorBoard and the trackers of the run."""
+        self._tracking.log(step, metrics)
+
+    def close(self) -> None:
+        """Flush the logs to the output folder."""
+        self._flush_logs()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the process was asked to stop: then save a checkpoint and raise Interrupted.
+
+        The first reading takes over: from then on a first SIGTERM or SIGINT only sets this, and a second one
+        raises Interrupted wherever the program is. Before it, the first one does.
+        """
+        self._polls = True
+        return self._stop_requested
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether a signal has come, asked without taking over."""
+        return self._stop_requested
+
+    def handle_signals(self) -> None:
+        """Let SIGTERM and SIGINT set `stopping`. Of the main thread only."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        again, self._stop_requested = self._stop_requested, True
+        if again or not self._polls:
+            raise Interrupted(f"stopped by {signal.Signals(number).name}")
+
+    def _flush_logs(self) -> None:
+        self._tracking.close()
+
+
+def surroundings() -> dict[str, Any]:
+    """Versions, device and peak memory in bytes of this process, for an artifact's metadata."""
+    found: dict[str, Any] = {
+        "device": _processor(),
+        "cpus": os.cpu_count(),
+        "versions": {"python": platform.python_version()},
+    }
+    for package in PACKAGES:
+        try:
+            found["versions"][package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    found["peakHostBytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    torch = sys.modules.get("torch")  # not imported for the asking: it takes seconds
+    if torch and torch.cuda.is_available() and torch.cuda.is_initialized():
+        found["device"] = torch.cuda.get_device_name()
+        found["peakGpuBytes"] = max(torch.cuda.max_memory_reserved(i) for i in range(torch.cuda.device_count()))
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
