@@ -3,7 +3,6 @@
 The adapter sits on the merged base, where PPO's policy and critic sit too, so no second model is ever held.
 """
 
-import copy
 import gc
 import math
 from collections.abc import Sequence
@@ -11,13 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_api.canonical import canonical_json
 from rlhf_api.errors import GateError, UserError
 from rlhf_api.run import Lora, Quantization, Reward
-from rlhf_pipeline.adapters import save_adapter
-from rlhf_pipeline.models import device_of, load_base, load_tokenizer, lora_config
+from rlhf_pipeline.agreement import pair_accuracy, rank_correlation, wilson_interval
+from rlhf_pipeline.models import device_of, load_base, load_tokenizer
+from rlhf_pipeline.reward_adapter import (
+    Pair,
+    keep_trunk_frozen,
+    load_reward_adapter,
+    save_reward_adapter,
+    score,
+    score_pairs,
+    with_reward_adapter,
+)
 from rlhf_pipeline.reward_models import ClassifierReward, FunctionReward, RewardCard
 from rlhf_pipeline.stage_process import Stage
 
@@ -69,7 +77,7 @@ def _trained(stage: Stage, reward: Reward) -> dict[str, float]:
     torch.manual_seed(settings.seed)  # the adapter's first weights
     trainer = _trainer(stage, reward, with_reward_adapter(base, lora), tokenizer, pairs)
     float32_adapters(trainer.model)
-    _keep_trunk_frozen(trainer.model)
+    keep_trunk_frozen(trainer.model)
 
     # 3. train
     train(trainer, stage)
@@ -140,9 +148,6 @@ def _trained(stage: Stage, reward: Reward) -> dict[str, float]:
     return metrics
 
 
-Pair = tuple[list[int], list[int]]  # token ids of the chosen and of the rejected text
-
-
 def _pairs(tokenizer: Any, path: Path, rows: Sequence[int] | slice, length: int) -> list[Pair]:
     from rlhf_pipeline.training import encode, read_columns
 
@@ -152,28 +157,6 @@ def _pairs(tokenizer: Any, path: Path, rows: Sequence[int] | slice, length: int)
         for side in ("chosen", "rejected")
     ]
     return list(zip(*both, strict=True))
-
-
-class ScoreHead(nn.Linear):
-    """The scalar head, in float32 whatever the type of the base: bfloat16 has too few digits for close scores."""
-
-    def __init__(self, width: int, device: torch.device) -> None:
-        super().__init__(width, 1, bias=False, device=device, dtype=torch.float32)
-        nn.init.zeros_(self.weight)  # the loss begins at log 2, not at the noise of random scores
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """hidden: (..., width). Returns (..., 1), float32."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            return nn.functional.linear(hidden.float(), self.weight.float())
-
-
-def with_reward_adapter(model: Any, lora: Lora) -> Any:
-    """`model`, a sequence classifier with one output, with a new reward adapter and a head of zeros: PEFT's model."""
-    from peft import get_peft_model
-
-    model.score = ScoreHead(model.score.in_features, model.device)
-    # With task SEQ_CLS, PEFT trains the head too and saves it in checkpoints.
-    return get_peft_model(model, lora_config(lora, model, top=True, task="SEQ_CLS"))
 
 
 def _trainer(stage: Stage, reward: Reward, model: Any, tokenizer: Any, pairs: list[Pair]) -> Any:
@@ -198,73 +181,14 @@ def _trainer(stage: Stage, reward: Reward, model: Any, tokenizer: Any, pairs: li
     return RewardTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer)
 
 
-def _keep_trunk_frozen(model: Any) -> None:
-    """Undo what TRL does for checkpointing: embeddings that ask for gradients would make backward run to the bottom."""
-    if hasattr(model.base_model.model, "_require_grads_hook"):
-        model.base_model.model.disable_input_require_grads()
-
-
-def score(model: Any, texts: Sequence[Sequence[int]], pad: int) -> Tensor:
-    """The score of each text, read at its last token. texts: token ids. Returns (texts,), float32, on the CPU."""
-    training = model.training
-    model.eval()
-    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # equal lengths together: less padding
-    scores = torch.empty(len(texts))
-    size = max(1, 4096 // max(len(text) for text in texts))
-    device = model.device
-    dtype = model.get_input_embeddings().weight.dtype
-    for start in range(0, len(order), size):
-        index = order[start : start + size]
-        width = max(len(texts[i]) for i in index)
-        ids = torch.tensor([[*texts[i], *[pad] * (width - len(texts[i]))] for i in index], device=device)
-        mask = torch.tensor([[1] * len(texts[i]) + [0] * (width - len(texts[i])) for i in index], device=device)
-        with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            scores[index] = model(input_ids=ids, attention_mask=mask).logits.squeeze(-1).float().cpu()
-    model.train(training)
-    return scores
-
-
-def score_pairs(model: Any, pairs: Sequence[Pair], pad: int) -> Tensor:
-    """Scores of pairs: (pairs, 2), chosen first."""
-    return score(model, [text for pair in pairs for text in pair], pad).view(-1, 2)
-
-
-def save_reward_adapter(model: Any, folder: Path) -> None:
-    """Write adapter/ under the layer names of the causal model, and head.safetensors {weight (1, hidden)}.
-
-    The two models name their layers alike, and the head, which only the classifier has, goes to its own file.
-    """
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    head = tensors.pop(next(name for name in tensors if name.endswith("score.weight")))
-    config = copy.copy(model.peft_config["default"])
-    config.task_type, config.modules_to_save = "CAUSAL_LM", None
-    save_adapter(model, config, tensors, folder / "adapter")
-    save_file({"weight": head.float().cpu().contiguous()}, folder / "head.safetensors")
-
-
-def load_reward_adapter(model: Any, lora: Lora, folder: Path) -> Any:
-    """A sequence classifier with the adapter and head that `save_reward_adapter` wrote."""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    adapted = with_reward_adapter(model, lora)
-    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
-    head = load_file(folder / "head.safetensors")["weight"]
-    set_peft_model_state_dict(adapted, tensors | {"base_model.model.score.weight": head})
-    return adapted
-
-
 def _normalisation_texts(
     stage: Stage, tokenizer: Any, held_out: list[Pair], length: int
 ) -> tuple[list[list[int]], str]:
     from rlhf_pipeline.training import encode, read_columns
 
-    if not stage.has("sft"):
+    if not stage.has("sft-data"):
         return [text for pair in held_out for text in pair], "held-out pairs"
-    path = stage.input("sft") / "heldout.parquet"
+    path = stage.input("sft-data") / "heldout.parquet"
     texts = read_columns(path, ["text"], slice(NORMALISATION_TEXTS))["text"]
     return encode(tokenizer, texts, length), "held-out SFT texts"
 
@@ -307,34 +231,6 @@ def _safetensors_parameters(path: Path) -> int:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
-# ---- figures --------------------------------------------------------------------------------------------------------
-
-
-def pair_accuracy(scores: Tensor) -> float:
-    """The share of pairs whose chosen text scores higher. scores: (pairs, 2), chosen first."""
-    return (scores[:, 0] > scores[:, 1]).double().mean().item()
-
-
-def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % interval of a share seen in `count` trials. Source: Wilson 1927."""
-    centre = share + z * z / (2 * count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
-
-
-def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's rank correlation of two vectors, with average ranks for ties."""
-    ranks = torch.stack([_ranks(a), _ranks(b)])
-    return torch.corrcoef(ranks)[0, 1].item()
-
-
-def _ranks(values: Tensor) -> Tensor:
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0)
-    return (last - (counts - 1) / 2).double()[inverse]
-
-
 # ---- a classifier, a function ---------------------------------------------------------------------------------------
 
 
@@ -343,7 +239,9 @@ def _classifier(stage: Stage, reward: Reward) -> dict[str, float]:
 
     assert reward.classifier
     stage.progress.update(phase="reading the classifier")
-    source = fetch_model(reward.classifier.source, reward.classifier.revision, stage.work / "classifier")
+    source = fetch_model(
+        reward.classifier.source, reward.classifier.revision, stage.work / "classifier", stage.config.store
+    )
     classifier = ClassifierReward(source, reward.classifier.label, torch.device("cpu"))
     classifier.model.save_pretrained(stage.output / "classifier")
     classifier.tokenizer.save_pretrained(stage.output / "classifier")
@@ -362,8 +260,8 @@ def _sample_report(stage: Stage, scorer: Any, figures: dict[str, Any]) -> dict[s
     from rlhf_pipeline.training import read_columns
 
     texts = ["The film was a pleasure to watch.", "The film was a waste of time."]
-    if stage.has("sft"):
-        texts = read_columns(stage.input("sft") / "heldout.parquet", ["text"], slice(NORMALISATION_TEXTS))["text"]
+    if stage.has("sft-data"):
+        texts = read_columns(stage.input("sft-data") / "heldout.parquet", ["text"], slice(NORMALISATION_TEXTS))["text"]
     scores = torch.tensor(scorer([""] * len(texts), texts))
     figures |= {
         "samples": len(texts),
