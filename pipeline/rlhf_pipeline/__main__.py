@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from rlhf_api.errors import RLHFError, UserError
 from rlhf_api.names import EXIT_CODES, EXIT_INTERRUPTED, EXIT_OK
 from rlhf_api.stage import Program, StageConfig, StageFailure, StageResult
+from rlhf_pipeline.checkpoints import RESTORED
 from rlhf_pipeline.failures import classify
 from rlhf_pipeline.stage_process import Interrupted, Stage, surroundings
 from rlhf_store.artifacts import Manifest, open_artifacts
@@ -100,7 +101,7 @@ def run_stage(stage: Stage) -> Manifest:
         }
     )
     stage.artifacts.tidy(manifest)
-    for folder in ("inputs", "output", "checkpoint"):
+    for folder in ("inputs", "output", RESTORED):
         shutil.rmtree(stage.work / folder, ignore_errors=True)
     return manifest
 

@@ -3,7 +3,6 @@
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import Field, ValidationError
@@ -13,12 +12,14 @@ from rlhf_api.errors import IntegrityError
 from rlhf_api.layout import CHECKPOINTS, MANIFEST, artifact_prefix, attempt_prefix, checkpoint_prefix
 from rlhf_api.run import Natural, Section
 from rlhf_api.stage import ArtifactRef
+from rlhf_pipeline.tracking import Tracking
 from rlhf_store.artifacts import Artifacts
 from rlhf_store.manifest import ArtifactPath, FileEntry
 from rlhf_store.transfer import download
 
 KEPT = 2  # of one attempt: the newest, and one more should its bytes be damaged
 STATE, OUTPUT = "state", "output"
+RESTORED = "restored"  # in the working folder: the checkpoint a stage resumed from
 
 
 class CheckpointManifest(Section):
@@ -39,12 +40,12 @@ class Checkpoints:
         attempt: str,
         work: Path,
         output: Path,
-        flush_logs: Callable[[], None],
+        tracking: Tracking,
     ) -> None:
         self._objects = artifacts.objects
         self._ref, self._attempt = ref, attempt
         self._work, self._output = work, output
-        self._flush_logs = flush_logs
+        self._tracking = tracking
         self.newest: str | None = None  # URL of the newest whole one that this process saved or resumed from
 
     def save(self, step: int, folder: Path) -> None:
@@ -52,7 +53,7 @@ class Checkpoints:
 
         Log a step's metrics before its checkpoint: a resumed stage starts from the log as it was saved.
         """
-        self._flush_logs()
+        self._tracking.flush()
         prefix = checkpoint_prefix(self._ref.kind, self._ref.digest, self._attempt, step)
         files = {}
         for name, root in ((STATE, folder), (OUTPUT, self._output)):
@@ -70,9 +71,9 @@ class Checkpoints:
 
         A checkpoint with damaged bytes is passed over with a warning.
         """
-        self._flush_logs()
+        self._tracking.close()
         for manifest, prefix in sorted(self._whole(), key=lambda item: (item[0].step, item[0].created_at))[::-1]:
-            folder = self._work / "checkpoint"
+            folder = self._work / RESTORED
             shutil.rmtree(folder, ignore_errors=True)
             try:
                 download(self._objects, prefix, manifest.files, folder, f"checkpoint {prefix}")

@@ -26,19 +26,17 @@ class ProgressFile:
     ) -> None:
         """Say how far the stage is; what is not given stays. Metrics that are not finite are left out.
 
-        A new phase starts its count at step 0 of 0 unless told otherwise. The time left is extrapolated from
-        the steps seen in this phase.
+        The time left is extrapolated from the steps seen in this phase.
         """
         old, now = self._progress, self._clock()
         new_phase = phase is not None and phase != old.phase
-        if new_phase:
-            old = old.model_copy(update={"phase": phase, "step": 0, "total": 0})
         step = old.step if step is None else step
         total = old.total if total is None else total
         if new_phase or total != old.total or step < self._first[1]:
             self._first = (now, step)
         self._progress = old.model_copy(
             update={
+                "phase": old.phase if phase is None else phase,
                 "step": step,
                 "total": total,
                 "metrics": old.metrics | {name: float(v) for name, v in metrics.items() if math.isfinite(v)},

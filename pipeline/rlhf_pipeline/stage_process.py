@@ -44,8 +44,8 @@ class Stage:
         attempt = f"{config.attempt}-{secrets.token_hex(4)}"
         self.writer: ArtifactWriter = artifacts.writer(config.output, attempt)
         self.progress = ProgressFile(work / PROGRESS_FILE, config.stage)
-        self.checkpoints = Checkpoints(artifacts, config.output, attempt, work, self.output, self._flush_logs)
         self._tracking = Tracking(config, self.output / "logs")
+        self.checkpoints = Checkpoints(artifacts, config.output, attempt, work, self.output, self._tracking)
         self._stop_requested = False
         self._polls = False
 
@@ -71,7 +71,7 @@ class Stage:
 
     def close(self) -> None:
         """Flush the logs to the output folder."""
-        self._flush_logs()
+        self._tracking.close()
 
     @property
     def stopping(self) -> bool:
@@ -97,9 +97,6 @@ class Stage:
         again, self._stop_requested = self._stop_requested, True
         if again or not self._polls:
             raise Interrupted(f"stopped by {signal.Signals(number).name}")
-
-    def _flush_logs(self) -> None:
-        self._tracking.close()
 
 
 def surroundings() -> dict[str, Any]:

@@ -17,6 +17,7 @@ TENSORBOARD = "tensorboard"
 
 class _Sink(Protocol):
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def flush(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -33,6 +34,11 @@ class Tracking:
             self._sinks = self._open()
         for sink in self._sinks:
             sink.log(step, metrics)
+
+    def flush(self) -> None:
+        """Bring everything logged so far into the files below logs/."""
+        for sink in self._sinks or []:
+            sink.flush()
 
     def close(self) -> None:
         """Flush everything to its file or server. A later log() opens the files again and appends."""
@@ -59,6 +65,9 @@ class _Lines:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         values = {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+        self._file.flush()  # the report of a running stage reads it
+
+    def flush(self) -> None:
         self._file.flush()
 
     def close(self) -> None:
@@ -78,6 +87,9 @@ class _TensorBoard:
 
         values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in metrics.items()]
         self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    def flush(self) -> None:
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
@@ -99,6 +111,9 @@ class _WandB:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
 
+    def flush(self) -> None:
+        """Its own thread sends."""
+
     def close(self) -> None:
         self._run.finish()
 
@@ -117,6 +132,9 @@ class _MLflow:
             self._mlflow.log_metrics(dict(metrics), step=step)
         except self._mlflow.exceptions.MlflowException as error:
             print(f"warning: MLflow took no metrics at step {step}: {error}", file=sys.stderr)
+
+    def flush(self) -> None:
+        """Every call sends."""
 
     def close(self) -> None:
         self._mlflow.end_run()
