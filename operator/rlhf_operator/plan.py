@@ -7,7 +7,7 @@ and observes again. Because nothing else is remembered, a crash at any point los
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Final, Literal
+from typing import Final
 
 from rlhf_api.errors import RETRIED, FailureClass
 from rlhf_api.names import EXIT_INTERRUPTED
@@ -130,8 +130,7 @@ def plan(run: RLHFRun, observed: Observed, now: float) -> Plan:
         startable = [view for view in views if view.pending and view.ready and retry_at.get(view.link.name, 0.0) <= now]
         actions += [Start(view.link, _next_number(view)) for view in _one_gpu_stage(startable, views)]
 
-    started = {action.link.name: action.number for action in actions if isinstance(action, Start)}
-    stages = [_stage_status(view, observed, run.spec.suspend, failures, started) for view in views]
+    stages = [_stage_status(view, observed, run.spec.suspend, failures.get(view.link.name)) for view in views]
     phase = _phase(run.spec.suspend, stages, bool(failures))
     status = RunStatus(phase=phase, conditions=_conditions(phase, stages, failures, None), stages=stages)
     waiting = [time for time in retry_at.values() if time > now and not halted]
@@ -232,23 +231,17 @@ def _backoff(count: int) -> float:
     return min(BACKOFF_SECONDS * 2.0 ** min(count - 1, 16), MAX_BACKOFF_SECONDS)
 
 
-def _stage_status(
-    view: _View,
-    observed: Observed,
-    suspend: bool,
-    failures: Mapping[str, StageFailure],
-    started: Mapping[str, int],
-) -> StageStatus:
+def _stage_status(view: _View, observed: Observed, suspend: bool, failure: StageFailure | None) -> StageStatus:
     name = view.link.name
     if view.link.skipped is not None:
         return StageStatus(name=name, state="Skipped", message=view.link.skipped)
     last = view.counted[-1] if view.counted else None
-    state, message = _state(view, last, suspend, failures.get(name), name in started)
+    state, message = _state(view, last, suspend, failure)
     progress = last.progress if last else None
     return StageStatus(
         name=name,
         state=state,
-        attempt=started.get(name, last.number if last else 0),
+        attempt=last.number if last else 0,
         artifact=str(view.link.output),
         progress=f"{progress.step}/{progress.total}" if progress and progress.total else None,
         metrics=_metrics(view, observed, last),
@@ -257,15 +250,13 @@ def _stage_status(
 
 
 def _state(
-    view: _View, last: Attempt | None, suspend: bool, failure: StageFailure | None, starting: bool
+    view: _View, last: Attempt | None, suspend: bool, failure: StageFailure | None
 ) -> tuple[StageState, str | None]:
     """The state that status shows, and the one line beside it."""
     if failure is not None:
         return "Failed", failure.message
     if running := view.running:
         return "Running", running.progress.phase or None if running.progress else None
-    if starting:
-        return "Running", None
     if view.exists:
         return ("Succeeded" if last else "Reused"), None
     if not view.needed:
