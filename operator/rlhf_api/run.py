@@ -239,7 +239,7 @@ class PPO(Section):
 
     @property
     def effective_mini_batch_size(self) -> int:
-        """Episodes an optimiser step: miniBatchSize, else a quarter of batchSize if micro-batches divide it, else all."""
+        """Episodes an optimiser step: miniBatchSize, else a quarter of batchSize if micro-batches divide it, or all."""
         quarter, rest = divmod(self.batch_size, 4)
         fits = rest == 0 and quarter >= self.micro_batch_size and quarter % self.micro_batch_size == 0
         return self.mini_batch_size or (quarter if fits else self.batch_size)

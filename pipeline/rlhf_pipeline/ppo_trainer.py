@@ -253,7 +253,7 @@ class Trainer:
                         values, batch.values[part], batch.returns[part], mask, settings.value_clip_range
                     )
                     (settings.value_coefficient * loss / tokens).backward()
-                    sums["value_loss"] += float(loss / tokens)
+                    sums["value_loss"] += float(loss.detach() / tokens)
                     sums["value_clip_fraction"] += float(clipped / tokens)
                 for name in TRAINED:
                     norm = torch.nn.utils.clip_grad_norm_(self.roles.parameters(name), settings.max_grad_norm)
@@ -274,7 +274,7 @@ class Trainer:
 
     def _check_start(self, difference: Tensor, what: str) -> None:
         """Before any update, policy and reference are the same function; if not, a role or a mask is wrong."""
-        worst = float(difference.abs().max())
+        worst = float(difference.detach().abs().max())
         if not worst <= START_TOLERANCE[self.roles.model.dtype]:
             raise RLHFError(f"ppo: {what} is {worst:.3g} nats before the first update, and must be 0")
 
