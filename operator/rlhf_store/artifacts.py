@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -14,12 +15,13 @@ from pydantic import ValidationError
 from rlhf_api.errors import IntegrityError, StoreError, UserError
 from rlhf_api.layout import ARTIFACTS, artifact_prefix, attempt_prefix, manifest_key
 from rlhf_api.stage import ArtifactKind, ArtifactRef, StoreConfig
+from rlhf_store.collect import Garbage, garbage
 from rlhf_store.file_objects import FileObjects
 from rlhf_store.manifest import FileEntry, Manifest, checked_path, content_digest
 from rlhf_store.objects import Objects
-from rlhf_store.transfer import download, selected
+from rlhf_store.transfer import download, problem_of, selected
 
-__all__ = ["ArtifactWriter", "Artifacts", "FileEntry", "Manifest", "open_artifacts"]
+__all__ = ["ArtifactWriter", "Artifacts", "FileEntry", "Garbage", "Manifest", "open_artifacts"]
 
 SMALL_UPLOADS = 4  # files of a folder sent at once
 
@@ -102,6 +104,36 @@ class Artifacts:
     def writer(self, ref: ArtifactRef, attempt: str) -> "ArtifactWriter":
         """A writer of one artifact. `attempt` is unique among its writers."""
         return ArtifactWriter(self, ref, attempt)
+
+    def verify(self, ref: ArtifactRef) -> "list[str]":
+        """Read every byte of an artifact; returns what is wrong with it, a sentence each. Nothing is stored."""
+        try:
+            manifest = self.need(ref)
+        except (IntegrityError, UserError) as error:
+            return [str(error)]
+        prefix = attempt_prefix(ref.kind, ref.digest, manifest.attempt)
+        return [
+            problem
+            for path, entry in sorted(manifest.files.items())
+            if (problem := problem_of(self.objects, prefix, path, entry, str(ref)))
+        ]
+
+    def gc(
+        self, keep: set[ArtifactRef], older_than: timedelta, dry_run: bool = False, unkept: bool = False
+    ) -> "list[Garbage]":
+        """Remove what dead writers left, and with `unkept` whole artifacts that are not in `keep`; returns it.
+
+        Left by dead writers: attempts never committed, attempts that lost, checkpoints of committed artifacts,
+        unfinished writes. Nothing younger than `older_than` is touched, nor attempts at an artifact in `keep`
+        that has no winner yet.
+        """
+        found = list(garbage(self.objects, keep, older_than, unkept))
+        if not dry_run:
+            for each in found:
+                self.objects.delete(each.keys[:1])
+                self.objects.delete(each.keys[1:])
+        unfinished = self.objects.sweep(time.time() - older_than.total_seconds(), dry_run)
+        return [*found, *(Garbage("unfinished write", (name,), 0) for name in unfinished)]
 
     def tidy(self, manifest: Manifest) -> None:
         """Remove what a committed artifact has no more use for: its checkpoints and every other attempt at it.

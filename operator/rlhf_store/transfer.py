@@ -43,6 +43,23 @@ def download(objects: Objects, prefix: str, files: Mapping[str, FileEntry], into
     _download_remote(objects, prefix, remote, into, name)
 
 
+def problem_of(objects: Objects, prefix: str, path: str, entry: FileEntry, name: str) -> str | None:
+    """What is wrong with one file, read through in parts and stored nowhere; None if it is right."""
+    digest, size = hashlib.sha256(), 0
+    try:
+        while data := objects.get(prefix + path, size, PART):
+            digest.update(data)
+            size += len(data)
+            if len(data) < PART:
+                break
+        _check(name, path, entry, size, digest.hexdigest())
+    except KeyError:
+        return f"{name}: file {path} is missing from {objects.url}; {_REMEDY}"
+    except IntegrityError as error:
+        return str(error)
+    return None
+
+
 def _install(source: Path, target: Path) -> None:
     temporary = target.with_name(f".{target.name}.new")
     temporary.unlink(missing_ok=True)
