@@ -200,7 +200,7 @@ def hub_errors(source: str, revision: str | None) -> Iterator[None]:
     from huggingface_hub import errors
 
     # The client's HTTP library, whose name differs between versions.
-    transport = next(kind for kind in errors.HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+    transport: type[Exception] = next(kind for kind in errors.HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
 
     mirror = "or mirror it and use its s3:// or file:// address"
     try:

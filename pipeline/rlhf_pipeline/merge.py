@@ -1,0 +1,196 @@
+"""Merges the SFT adapter into the base's 16-bit weights, shard by shard and tensor by tensor.
+
+Memory: the largest adapted weight three times in float32, and 16 MiB, whatever the model's size; then that of the
+quantised model, for the drift. Disk: the merged weights, and the base where the store is not on this machine.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_api.canonical import canonical_json
+from rlhf_api.errors import UserError
+from rlhf_api.run import Merge
+from rlhf_pipeline.lora_update import LoraUpdate, read_adapter
+from rlhf_pipeline.sources import INDEX, LocalFiles, side_files, weight_files
+from rlhf_pipeline.stage_process import Stage
+from rlhf_pipeline.tensor_files import (
+    ShardWriter,
+    TensorEntry,
+    TensorPlan,
+    index_of,
+    plan_shards,
+    read_blocks,
+    read_headers,
+    read_tensor,
+)
+
+UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def run(stage: Stage) -> dict[str, float]:
+    """Write the merged model and its report. Returns the drift and the number of merged weights."""
+    settings = stage.settings
+    merge = settings.merge
+    assert merge
+    stage.progress.update(phase="merging")
+    base, adapter = stage.input("model"), stage.input("adapter", include=["adapter/*"]) / "adapter"
+    plan, shards = write_merged(
+        base, adapter, stage.output, merge, lambda done, total: stage.progress.update(step=done, total=total)
+    )
+    report: dict[str, Any] = {
+        "merged_weights": len(plan.updates),
+        "tensors": len(plan.tensors),
+        "bytes": sum(tensor.bytes for tensor in plan.tensors.values()),
+        "dtype": merge.dtype,
+        "shards": shards,
+    }
+    metrics = {"merged_weights": float(len(plan.updates))}
+    if drift := _drift(stage, base, adapter):
+        report["drift"] = drift
+        metrics |= {"drift": drift["difference"], "merged_loss": drift["merged_loss"]}
+    (stage.output / "report.json").write_bytes(canonical_json(report))
+    return metrics
+
+
+def write_merged(
+    base: Path, adapter: Path, target: Path, merge: Merge, progress: Callable[[int, int], None]
+) -> tuple["MergePlan", list[str]]:
+    """Write the merged model as a Hugging Face folder. Returns what was merged and the names of the weight files.
+
+    progress: called with the number of tensors written and of all. Raises UserError if the two do not fit each other.
+    """
+    plan = plan_merge(base, read_adapter(adapter), getattr(torch, merge.dtype))
+    shards = plan_shards(plan.tensors, _bytes(merge.shard_size))
+    done = 0
+    for name, tensors in shards.items():
+        with ShardWriter(target / name, tensors, plan.tensors) as writer:
+            for tensor in writer.order:
+                writer.write(tensor, plan.pieces(tensor))
+                done += 1
+                progress(done, len(plan.tensors))
+    if len(shards) > 1:
+        (target / INDEX).write_bytes(index_of(shards, plan.tensors))
+    copy_side_files(base, target, merge.dtype)
+    return plan, list(shards)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Every tensor of the merged model, and what it is made of."""
+
+    tensors: dict[str, TensorPlan]
+    sources: dict[str, TensorEntry]
+    updates: dict[str, LoraUpdate]  # by tensor
+    transposed: frozenset[str]  # tensors stored as (in, out)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The tensor in its final type, as pieces that follow each other. Raises UserError if a value does not fit."""
+        dtype = self.tensors[name].dtype
+        if name in self.updates:
+            merged = self.updates[name].merge(read_tensor(self.sources[name]), name in self.transposed)
+            yield _rounded(merged, dtype, name)
+        else:
+            for block in read_blocks(self.sources[name]):
+                yield _rounded(block, dtype, name)
+
+
+def plan_merge(base: Path, adapter: Mapping[str, LoraUpdate], dtype: torch.dtype) -> MergePlan:
+    """What to write, found from headers and config alone. Raises UserError if an update fits no weight of the base."""
+    files = LocalFiles(base)
+    sources = read_headers(base / name for name in weight_files(str(base), files, base))
+    skeleton = _skeleton(base)
+    modules = dict(skeleton.named_modules())
+    prefix = f"{skeleton.base_model_prefix}."
+    updates: dict[str, LoraUpdate] = {}
+    transposed: set[str] = set()
+    config = skeleton.config.get_text_config()
+    tied = {skeleton.get_input_embeddings(), skeleton.get_output_embeddings()} if config.tie_word_embeddings else set()
+    for path, update in adapter.items():
+        if path not in modules:
+            raise UserError(f"adapter: the base has no module {path}; the adapter was trained on another model")
+        if modules[path] in tied:
+            raise UserError(
+                f"adapter: {path} shares its weight with another layer, and a merge would change both; "
+                "leave it out of lora.targetModules"
+            )
+        name = next(
+            (
+                n
+                for n in (f"{path}.weight", f"{path.removeprefix(prefix)}.weight", f"{prefix}{path}.weight")
+                if n in sources
+            ),
+            None,
+        )
+        if name is None:
+            raise UserError(f"adapter: no weight file of the base holds {path}.weight, which the adapter updates")
+        if type(modules[path]).__name__ == "Conv1D":
+            transposed.add(name)
+        shape = update.shape[::-1] if name in transposed else update.shape
+        if sources[name].shape != shape:
+            raise UserError(f"adapter: {path} is made for a weight of {shape}; the base's is {sources[name].shape}")
+        updates[name] = update
+    tensors = {
+        name: TensorPlan(entry.shape, dtype if entry.dtype.is_floating_point else entry.dtype)
+        for name, entry in sources.items()
+    }
+    return MergePlan(tensors, sources, updates, frozenset(transposed))
+
+
+def _skeleton(base: Path) -> Any:
+    """The model without weights: it knows its modules' names and kinds."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+
+
+def _rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    if not values.is_floating_point():
+        return values
+    rounded = values.to(dtype)
+    if not torch.isfinite(rounded).all():
+        if torch.isfinite(values).all():
+            raise UserError(f"merge.dtype: {name} has values that {dtype} cannot hold; use bfloat16")
+        raise UserError(f"merge: {name} has values that are not finite; the base or the adapter is broken")
+    return rounded
+
+
+def copy_side_files(base: Path, target: Path, dtype: str) -> None:
+    """Copy config, tokenizer and generation files, with the config saying the new type of the weights."""
+    for name in side_files(LocalFiles(base)):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(base / name, target / name)
+    config = json.loads((target / "config.json").read_text())
+    config.pop("torch_dtype", None)  # the older name of dtype
+    config["dtype"] = dtype
+    (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def _drift(stage: Stage, base: Path, adapter: Path) -> dict[str, float] | None:
+    """The merge drift on held-out texts; None if no text was held out."""
+    settings = stage.settings
+    assert settings.quantization
+    assert settings.sft
+    from rlhf_pipeline.drift import ROWS, few_rows, measure_drift
+    from rlhf_pipeline.models import device_of, load_tokenizer
+    from rlhf_pipeline.training import encode, read_columns
+
+    stage.progress.update(phase="measuring drift")
+    texts = read_columns(stage.input("data") / "heldout.parquet", ["text"], slice(ROWS))["text"]
+    rows = few_rows(encode(load_tokenizer(base), texts, settings.sft.sequence_length)) if texts else []
+    if not rows:
+        return None
+    device = device_of(stage.config.gpu)
+    return measure_drift(base, adapter, stage.output, rows, settings.quantization, device)
+
+
+def _bytes(quantity: str) -> int:
+    unit = quantity.lstrip("0123456789.")
+    return int(float(quantity.removesuffix(unit) if unit else quantity) * UNITS.get(unit, 1))
