@@ -107,7 +107,6 @@ def plan_merge(base: Path, adapter: Mapping[str, LoraUpdate], dtype: torch.dtype
     sources = read_headers(base / name for name in weight_files(str(base), files, base))
     skeleton = _skeleton(base)
     modules = dict(skeleton.named_modules())
-    prefix = f"{skeleton.base_model_prefix}."
     updates: dict[str, LoraUpdate] = {}
     transposed: set[str] = set()
     config = skeleton.config.get_text_config()
@@ -120,16 +119,7 @@ def plan_merge(base: Path, adapter: Mapping[str, LoraUpdate], dtype: torch.dtype
                 f"adapter: {path} shares its weight with another layer, and a merge would change both; "
                 "leave it out of lora.targetModules"
             )
-        name = next(
-            (
-                n
-                for n in (f"{path}.weight", f"{path.removeprefix(prefix)}.weight", f"{prefix}{path}.weight")
-                if n in sources
-            ),
-            None,
-        )
-        if name is None:
-            raise UserError(f"adapter: no weight file of the base holds {path}.weight, which the adapter updates")
+        name = _tensor_name(path, skeleton.base_model_prefix, sources)
         if type(modules[path]).__name__ == "Conv1D":
             transposed.add(name)
         shape = update.shape[::-1] if name in transposed else update.shape
@@ -149,6 +139,14 @@ def _skeleton(base: Path) -> Any:
 
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+
+
+def _tensor_name(path: str, prefix: str, sources: Mapping[str, TensorEntry]) -> str:
+    """The weight of a module as the files name it: some leave out the prefix of the model without its head."""
+    for name in (path, path.removeprefix(f"{prefix}."), f"{prefix}.{path}"):
+        if (weight := f"{name}.weight") in sources:
+            return weight
+    raise UserError(f"adapter: no weight file of the base holds {path}.weight, which the adapter updates")
 
 
 def _rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -121,6 +121,15 @@ def test_shards_are_small_indexed_and_hold_the_same_model(llama: Path, tmp_path:
     assert set(index["weight_map"].values()) == {shard.name for shard in shards}
 
 
+def test_reads_a_base_whose_files_leave_out_the_prefix(tmp_path: Path) -> None:
+    base = build_tiny_model(tmp_path / "base", "gpt2")
+    adapter = make_adapter(base, tmp_path / "adapter")
+    expected = merge(base, adapter, tmp_path / "a")
+    file = base / "model.safetensors"
+    save_file({name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}, file)
+    assert_same(merge(base, adapter, tmp_path / "b"), expected)
+
+
 def test_reads_a_sharded_base(llama: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(llama).save_pretrained(tmp_path / "base", max_shard_size="20KB")
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 3
@@ -140,7 +149,8 @@ def test_the_same_merge_writes_the_same_bytes(llama: Path, tmp_path: Path) -> No
 def test_an_adapted_layer_that_shares_its_weight_is_an_error(tmp_path: Path) -> None:
     base = build_tiny_model(tmp_path / "base", "gemma")  # lm_head is the embedding
     model = AutoModelForCausalLM.from_pretrained(base)
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"], ensure_weight_tying=False))
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
+        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"]))
     adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     with pytest.raises(UserError, match="lm_head shares its weight"):
         merge(base, tmp_path / "adapter", tmp_path / "merged")
