@@ -265,7 +265,7 @@ class Evaluate(Section):
 class GPU(Section):
     """The accelerator each training stage asks for."""
 
-    memory: Quantity = Field("24Gi", description="Memory of one GPU.")
+    memory: Quantity = Field("24Gi", description="Memory of one GPU. On a larger card a stage keeps within it.")
     count: Natural = Field(1, description="GPUs a stage. 0: run on the CPU.")
 
 

@@ -8,16 +8,28 @@ import torch
 from torch import nn
 
 from rlhf_api.errors import UserError
+from rlhf_api.quantity import bytes_of
 from rlhf_api.run import GPU, Lora, Quantization
 
 
+CUDA_CONTEXT_BYTES = 2**30  # what the driver and CUDA take of a card before PyTorch gets any
+
+
 def device_of(gpu: GPU) -> torch.device:
-    """The device a stage runs on: the CPU if the run asks for no GPU. Raises UserError if it asks and none is there."""
+    """The device a stage runs on: the CPU if the run asks for no GPU. Raises UserError if it asks and none is there.
+
+    On a card larger than gpu.memory the process keeps within gpu.memory: what fits here fits on the card asked for.
+    """
     if gpu.count == 0:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError(f"gpu.count: {gpu.count} asks for a GPU and this machine has none; use 0 to run on the CPU")
-    return torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cuda", torch.cuda.current_device())
+    total = torch.cuda.get_device_properties(device).total_memory
+    share = (bytes_of(gpu.memory) - CUDA_CONTEXT_BYTES) / total
+    if 0 < share < 1:
+        torch.cuda.set_per_process_memory_fraction(share, device)
+    return device
 
 
 def compute_dtype(quantization: Quantization, device: torch.device) -> torch.dtype:
