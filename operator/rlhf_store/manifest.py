@@ -59,7 +59,7 @@ class Manifest(Section):
 
     def to_bytes(self) -> bytes:
         """Canonical JSON. Raises ValueError if the metadata hold NaN or an infinity."""
-        return canonical_json(self.model_dump(mode="json", by_alias=True))
+        return canonical_json(self.model_dump(by_alias=True))  # mode="json" would turn NaN into null
 
 
 def content_digest(files: dict[str, FileEntry]) -> str:

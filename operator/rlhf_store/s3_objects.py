@@ -16,7 +16,7 @@ import urllib3
 from minio import Minio
 from minio.deleteobjects import DeleteObject
 from minio.error import InvalidResponseError, MinioException, S3Error
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HTTPError, MaxRetryError
 
 from rlhf_api.errors import StoreError, UserError
 from rlhf_api.names import ENV_ACCESS_KEY, ENV_SECRET_KEY, ENV_SESSION_TOKEN
@@ -106,8 +106,8 @@ class S3Objects:
             for last in [False] * (READS - 1) + [True]:
                 try:
                     return self._read(key, start, length)
-                except HTTPError:
-                    if last:
+                except HTTPError as error:  # a request that got no answer was tried again already
+                    if last or isinstance(error, MaxRetryError):
                         raise
                     time.sleep(0.2)
         raise AssertionError("unreachable")

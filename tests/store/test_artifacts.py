@@ -84,10 +84,10 @@ def test_a_moved_file_is_gone_and_stored(artifacts: Artifacts, tmp_path: Path) -
 
 def test_only_matching_files_are_fetched(artifacts: Artifacts, tmp_path: Path) -> None:
     write(artifacts, {"config.json": b"1", "adapter/x.safetensors": b"2", "logs/m.jsonl": b"3"})
-    fetched = content(artifacts.fetch(REF, tmp_path, include=["*.json", "adapter/*"]))
+    fetched = content(artifacts.fetch(REF, tmp_path / "out", include=["*.json", "adapter/*"]))
     assert sorted(fetched) == ["adapter/x.safetensors", "config.json"]
     with pytest.raises(UserError, match=r"no file matches \*\.gguf; it has adapter/x"):
-        artifacts.fetch(REF, tmp_path, include=["*.gguf"])
+        artifacts.fetch(REF, tmp_path / "out", include=["*.gguf"])
 
 
 def test_ranges_are_read_without_the_rest(artifacts: Artifacts) -> None:
@@ -103,8 +103,8 @@ def test_ranges_are_read_without_the_rest(artifacts: Artifacts) -> None:
         artifacts.read_range(manifest, "w", 49_500, 1000)
 
 
-@pytest.mark.parametrize("size", [10, 2 * PART])
-@pytest.mark.parametrize("damage", ["truncated", "altered", "missing", "longer"])
+@pytest.mark.parametrize("size", [10, PART + 5])
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
 def test_damage_is_named(artifacts: Artifacts, tmp_path: Path, damage: str, size: int) -> None:
     data = os.urandom(size)
     write(artifacts, {"good": b"1", "weights.bin": data})
@@ -116,8 +116,6 @@ def test_damage_is_named(artifacts: Artifacts, tmp_path: Path, damage: str, size
             artifacts.objects.put(key, data[:-1])
         case "altered":
             artifacts.objects.put(key, bytes(flipped))
-        case "longer":
-            artifacts.objects.put(key, data + b"x")
         case "missing":
             artifacts.objects.delete([key])
     with pytest.raises(IntegrityError, match=rf"{REF}: file weights.bin"):
@@ -126,6 +124,12 @@ def test_damage_is_named(artifacts: Artifacts, tmp_path: Path, damage: str, size
     problems = artifacts.verify(REF)
     assert len(problems) == 1
     assert "weights.bin" in problems[0]
+
+
+def test_verify_sees_bytes_added_at_the_end(artifacts: Artifacts) -> None:
+    write(artifacts, {"a": b"12"})
+    artifacts.objects.put(attempt_prefix(REF.kind, REF.digest, "1") + "a", b"123")
+    assert ["file a has 3 bytes, its manifest says 2" in problem for problem in artifacts.verify(REF)] == [True]
 
 
 def test_a_damaged_manifest_is_named(artifacts: Artifacts) -> None:
@@ -204,7 +208,7 @@ def test_large_files_of_a_folder_are_not_copied(file_store: StoreConfig, tmp_pat
 
 @pytest.mark.parametrize("path", ["../x", "/x", "a/../../x", "a//b", "", ".", "a\\b", "checkpoints/1/x", "a\nb"])
 def test_paths_stay_inside_the_artifact(file_store: StoreConfig, path: str) -> None:
-    with pytest.raises(ValueError, match="checkpoints|relative path"):
+    with pytest.raises(ValueError, match=r"checkpoints|relative path"):
         open_artifacts(file_store).writer(REF, "1").add_bytes(path, b"")
 
 
