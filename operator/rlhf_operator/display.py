@@ -1,0 +1,112 @@
+"""What `rlhf run` shows while it runs: a live table on a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from rlhf_api.run import RunStatus, StageState, StageStatus
+from rlhf_api.stage import Progress
+from rlhf_operator.figures import duration, key_metrics
+from rlhf_operator.local import Show
+from rlhf_operator.plan import Observed
+
+MARKS: dict[StageState, tuple[str, str]] = {
+    "Waiting": ("·", "dim"),
+    "Running": ("▶", "bold cyan"),
+    "Succeeded": ("✓", "green"),
+    "Reused": ("✓", "green"),
+    "Skipped": ("–", "dim"),
+    "Failed": ("✗", "bold red"),
+    "Suspended": ("‖", "yellow"),
+}
+LINE_SECONDS = 30.0  # between plain lines of a stage that makes progress
+
+
+@contextmanager
+def display(console: Console) -> Iterator[Show]:
+    """A function that shows a status; on a terminal it draws one table over and over."""
+    if not console.is_terminal:
+        yield PlainLines(console)
+        return
+    # No refresh thread: the runner draws, and starts processes, from one thread.
+    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+        yield lambda status, observed: live.update(stage_table(status, observed, time.time()), refresh=True)
+
+
+def stage_table(status: RunStatus, observed: Observed, now: float) -> Table:
+    """One row a stage: mark, name, bar, steps, time, metrics or message."""
+    table = Table.grid(padding=(0, 1))
+    for options in ({}, {}, {}, {"justify": "right"}, {"justify": "right"}, {"overflow": "ellipsis"}):
+        table.add_column(no_wrap=True, **options)  # type: ignore[arg-type]
+    for stage in status.stages:
+        mark, style = MARKS[stage.state]
+        progress = _progress(stage, observed)
+        table.add_row(
+            Text(mark, style=style),
+            Text(stage.name, style=style if stage.state != "Succeeded" else ""),
+            _bar(stage, progress),
+            f"{progress.step}/{progress.total}" if progress and progress.total else "",
+            _time(stage, observed, now),
+            Text(_words(stage, progress, now), style="red" if stage.state == "Failed" else "dim"),
+        )
+    return table
+
+
+class PlainLines:
+    """One line for each change of a stage's state, and now and then one for its progress."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._last: dict[str, tuple[StageState, int, float]] = {}
+
+    def __call__(self, status: RunStatus, observed: Observed) -> None:
+        now = time.time()
+        for stage in status.stages:
+            state, attempt, printed = self._last.get(stage.name, ("Waiting", 0, now))
+            progress = _progress(stage, observed)
+            changed = (state, attempt) != (stage.state, stage.attempt)
+            if not changed and not (progress and now - printed >= LINE_SECONDS):
+                continue
+            self._last[stage.name] = (stage.state, stage.attempt, now)
+            steps = f"{progress.step}/{progress.total}" if progress and progress.total else ""
+            parts = [stage.name, stage.state.lower(), steps, _time(stage, observed, now), _words(stage, progress, now)]
+            self._console.print(
+                "  ".join(part for part in parts if part), markup=False, highlight=False, soft_wrap=True
+            )
+
+
+def _progress(stage: StageStatus, observed: Observed) -> Progress | None:
+    attempts = observed.attempts.get(stage.name)
+    return attempts[-1].progress if attempts and stage.state == "Running" else None
+
+
+def _bar(stage: StageStatus, progress: Progress | None) -> ProgressBar | Text:
+    if progress and progress.total:
+        return ProgressBar(progress.total, min(progress.step, progress.total), width=24)
+    words = {"Succeeded": "done", "Running": "starting" if progress is None else progress.phase}
+    return Text(words.get(stage.state, stage.state.lower()), style="dim")
+
+
+def _time(stage: StageStatus, observed: Observed, now: float) -> str:
+    attempts = [a for a in observed.attempts.get(stage.name, ()) if a.started >= observed.asked_at]
+    if not attempts or stage.state not in ("Running", "Succeeded", "Failed", "Suspended"):
+        return ""
+    return duration(sum((attempt.finished or now) - attempt.started for attempt in attempts))
+
+
+def _words(stage: StageStatus, progress: Progress | None, now: float) -> str:
+    """Metrics, the phase and the time left; what went wrong; or why the stage is skipped."""
+    if stage.message and stage.state != "Running":
+        return stage.message
+    if progress is None:
+        return key_metrics(stage.metrics)
+    words = [key_metrics(progress.metrics), progress.phase if progress.total else ""]
+    if progress.eta_seconds is not None:
+        words.append(f"{duration(progress.eta_seconds - max(0.0, now - progress.updated_at))} left")
+    return "  ".join(word for word in words if word)

@@ -1,0 +1,68 @@
+"""`rlhf validate` and `rlhf plan`: what is wrong with a file, and what running it would do."""
+
+import json
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlhf_api.parse import load_run
+from rlhf_operator.fingerprints import fingerprints
+from rlhf_operator.local import observe_store
+from rlhf_operator.place import chosen_store, home
+from rlhf_operator.plan import Observed, plan
+from rlhf_operator.stages import chain
+from rlhf_store.artifacts import open_artifacts
+
+VERDICTS = {"Reused": "reuse", "Succeeded": "reuse", "Skipped": "skip", "Waiting": "run"}
+STYLES = {"reuse": "green", "skip": "dim", "run": "bold cyan"}
+
+
+def validate_file(file: Path, as_json: bool) -> int:
+    """Print that the file is right; returns 0. Raises UserError, naming each field, if it is not."""
+    run = load_run(file)
+    fingerprints(run, home().fingerprint_cache)
+    stages = [link.name for link in chain(run, {}) if link.skipped is None]
+    if as_json:
+        print(json.dumps({"valid": True, "name": run.metadata.name, "stages": stages}))
+    else:
+        print(f"{file}: valid; {len(stages)} stages: {', '.join(stages)}")
+    return 0
+
+
+def plan_file(file: Path, store_url: str | None, endpoint: str | None, as_json: bool) -> None:
+    """Print what `rlhf run` would do with each stage."""
+    run = load_run(file)
+    store = chosen_store(store_url, endpoint, run)
+    known = fingerprints(run, home().fingerprint_cache)
+    links = chain(run, known)
+    observed = Observed(fingerprints=known, artifacts=observe_store(links, open_artifacts(store)))
+    awake = run.model_copy(update={"spec": run.spec.model_copy(update={"suspend": False})})
+    status = plan(awake, observed, time.time()).status
+    rows = [
+        {
+            "stage": stage.name,
+            "action": VERDICTS[stage.state],
+            "reason": stage.message,
+            "artifact": stage.artifact,
+            "gpu": link.stage.gpu and run.spec.gpu.count > 0,
+        }
+        for stage, link in zip(status.stages, links, strict=True)
+    ]
+    if as_json:
+        print(json.dumps({"name": run.metadata.name, "store": store.url, "stages": rows}))
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for heading in ("stage", "action", "on", "artifact"):
+        table.add_column(heading)
+    for row in rows:
+        action = str(row["action"])
+        kind, _, digest = str(row["artifact"] or "").partition("/")
+        about = f"{kind}/{digest[:12]}" if digest else str(row["reason"])
+        where = "" if action != "run" else "GPU" if row["gpu"] else "CPU"
+        table.add_row(str(row["stage"]), Text(action, style=STYLES[action]), where, Text(about, style="dim"))
+    console = Console()
+    console.print(table)
+    console.print(f"Store: {store.url}", style="dim", highlight=False, soft_wrap=True)
