@@ -20,8 +20,10 @@ def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[floa
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's rank correlation of two vectors, with average ranks for ties."""
+    """Spearman's rank correlation of two vectors, with average ranks for ties; 0 if one does not vary."""
     ranks = torch.stack([_ranks(a), _ranks(b)])
+    if ranks.std(dim=1).min() == 0:
+        return 0.0
     return torch.corrcoef(ranks)[0, 1].item()
 
 

@@ -50,7 +50,14 @@ def run(stage: Stage) -> dict[str, float]:
 
 
 def _trained(stage: Stage, reward: Reward) -> dict[str, float]:
-    from rlhf_pipeline.training import float32_adapters, held_out_count, row_count, train, training_order
+    from rlhf_pipeline.training import (
+        float32_adapters,
+        held_out_count,
+        row_count,
+        stop_if_asked,
+        train,
+        training_order,
+    )
 
     settings = stage.settings
     lora, quantization = settings.lora, settings.quantization
@@ -95,10 +102,11 @@ def _trained(stage: Stage, reward: Reward) -> dict[str, float]:
         )
 
     # 5. the bias taken off: mean 0, deviation 1 on texts like those of the SFT model
+    stop_if_asked(stage)
     stage.progress.update(phase="normalising")
     texts, source = _normalisation_texts(stage, tokenizer, held_out, reward.sequence_length)
     plain = scores.flatten() if source == "held-out pairs" else score(trainer.model, texts, tokenizer.pad_token_id)
-    mean, std = plain.mean().item(), max(plain.std().item(), 1e-6)
+    mean, std = plain.mean().item(), max(plain.std(correction=0).item(), 1e-6)
 
     # 6. the artifact
     save_reward_adapter(trainer.model, stage.output)
@@ -128,6 +136,7 @@ def _trained(stage: Stage, reward: Reward) -> dict[str, float]:
 
     # 7. what quantisation costs
     if reward.compare_base and quantization.type != "none":
+        stop_if_asked(stage)
         stage.progress.update(phase="comparing with 16 bit")
         del trainer, base  # the quantised base makes room for the 16-bit one
         gc.collect()

@@ -74,7 +74,7 @@ class FunctionReward:
         if not callable(function):
             what = "is not there" if function is None else f"is a {type(function).__name__}, not callable"
             raise UserError(f"{self.field}: {self.reference}: {name} {what}; name a function of {module_name}")
-        return function  # type: ignore[no-any-return]
+        return function
 
 
 def call_scorer(

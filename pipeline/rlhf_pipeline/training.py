@@ -122,8 +122,13 @@ def train(trainer: Any, stage: Stage) -> None:
         warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         trainer.train(resume_from_checkpoint=str(newest[1]) if newest else None)
-    if stage.stopping and trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted(f"stopped after step {trainer.state.global_step}; a checkpoint is saved")
+    stop_if_asked(stage)
+
+
+def stop_if_asked(stage: Stage) -> None:
+    """Raise Interrupted if the stage was asked to stop. Of use once `train` has saved its last checkpoint."""
+    if stage.stopping:
+        raise Interrupted("stopped after its newest checkpoint")
 
 
 class StageCallback(TrainerCallback):
@@ -163,8 +168,8 @@ class StageCallback(TrainerCallback):
 
     def _not_finite(self, name: str, value: float, step: int) -> str:
         program = self.stage.config.program
-        newest = self.stage.checkpoints.latest()
-        good = f"the last good checkpoint is of step {newest[0]}" if newest else "there is no checkpoint yet"
+        newest = self.stage.checkpoints.newest
+        good = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
         return (
             f"{program}: {name} is {value} at step {step}; {good}. "
             f"Lower {program}.learningRate, or set quantization.computeDtype to bfloat16 or float32"
