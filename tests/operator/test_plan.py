@@ -1,0 +1,399 @@
+"""The plan: what is decided from what is seen."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from rlhf_api.errors import RETRIED, FailureClass
+from rlhf_api.names import EXIT_INTERRUPTED
+from rlhf_api.run import RLHFRun, RunStatus
+from rlhf_api.stage import ArtifactRef, Progress, StageFailure, StageResult
+from rlhf_operator.plan import BACKOFF_SECONDS, MAX_ATTEMPTS, Attempt, Observed, Plan, Start, Stop, plan
+from rlhf_operator.stages import STAGES, Link, chain
+
+DATA: dict[str, Any] = {
+    "sft": {"source": "hf://datasets/owner/texts"},
+    "preferences": {"source": "hf://datasets/owner/pairs", "chosenColumn": "chosen", "rejectedColumn": "rejected"},
+    "prompts": {"source": "hf://datasets/owner/prompts"},
+    "evaluation": {"source": "hf://datasets/owner/labelled"},
+}
+FAILURES: tuple[FailureClass, ...] = ("user", "gate", "outOfMemory", "infrastructure", "bug")
+IMPORTS = {"import-sft", "import-preferences", "import-prompts", "import-evaluation"}
+NOW = 1000.0
+
+
+def resource(suspend: bool = False, data: dict[str, Any] = DATA, **spec: Any) -> RLHFRun:
+    document = {"model": {"source": "hf://owner/model"}, "data": data, "suspend": suspend, **spec}
+    return RLHFRun.model_validate({"metadata": {"name": "run", "generation": 3}, "spec": document})
+
+
+LINKS = {link.name: link for link in chain(resource(), {})}
+
+
+def committed(*stages: str) -> dict[str, dict[str, float]]:
+    return {str(LINKS[stage].output): {"loss": 0.5} for stage in stages}
+
+
+def attempt(stage: str, number: int = 1, started: float = 900.0, **end: Any) -> Attempt:
+    return Attempt(number=number, digest=LINKS[stage].output.digest, started=started, **end)
+
+
+def failed(stage: str, failure: FailureClass, number: int = 1, finished: float = 950.0) -> Attempt:
+    result = StageResult(stage=stage, failure=StageFailure(failure=failure, message=f"{stage} broke"))
+    return attempt(stage, number, finished=finished, exit_code=4, result=result)
+
+
+def interrupted(stage: str, number: int = 1, finished: float = 950.0) -> Attempt:
+    return attempt(stage, number, finished=finished, exit_code=EXIT_INTERRUPTED)
+
+
+def starts(decided: Plan) -> set[str]:
+    return {action.link.name for action in decided.actions if isinstance(action, Start)}
+
+
+def stops(decided: Plan) -> set[str]:
+    return {action.stage for action in decided.actions if isinstance(action, Stop)}
+
+
+def states(decided: Plan) -> dict[str, str]:
+    return {stage.name: stage.state for stage in decided.status.stages}
+
+
+def holds(status: RunStatus) -> set[str]:
+    return {condition.type for condition in status.conditions if condition.status == "True"}
+
+
+ALL = [stage.name for stage in STAGES]
+
+
+@pytest.mark.parametrize(
+    ("done", "expected"),
+    [
+        ([], {"import-model"}),
+        (["import-model"], IMPORTS),
+        (["import-model", "import-sft"], {"import-preferences", "import-prompts", "import-evaluation", "sft"}),
+        (["import-model", *IMPORTS], {"sft"}),
+        (["import-model", *IMPORTS, "sft"], {"merge"}),
+        (["import-model", *IMPORTS, "sft", "merge"], {"reward"}),
+        (["import-model", *IMPORTS, "sft", "merge", "reward"], {"ppo"}),
+        (ALL[:-1], {"evaluate"}),
+        (ALL, set()),
+    ],
+)
+def test_starts_every_stage_whose_inputs_are_there(done: list[str], expected: set[str]) -> None:
+    assert starts(plan(resource(), Observed(artifacts=committed(*done)), NOW)) == expected
+
+
+def test_everything_committed_is_success_by_reuse() -> None:
+    decided = plan(resource(), Observed(artifacts=committed(*ALL)), NOW)
+    assert decided.status.phase == "Succeeded"
+    assert set(states(decided).values()) == {"Reused"}
+    assert holds(decided.status) == {"Valid", "Succeeded"}
+
+
+def test_an_artifact_of_this_run_succeeded_rather_than_being_reused() -> None:
+    result = StageResult(stage="import-model", artifact=LINKS["import-model"].output)
+    done = attempt("import-model", finished=910.0, exit_code=0, result=result)
+    seen = Observed(artifacts=committed("import-model"), attempts={"import-model": [done]})
+    assert states(plan(resource(), seen, NOW))["import-model"] == "Succeeded"
+    later = replace(seen, asked_at=920.0)
+    assert states(plan(resource(), later, NOW))["import-model"] == "Reused"
+
+
+def test_a_missing_artifact_that_nothing_needs_is_not_made_again() -> None:
+    decided = plan(resource(), Observed(artifacts=committed("evaluate")), NOW)
+    assert decided.actions == ()
+    assert decided.status.phase == "Succeeded"
+
+
+def test_a_missing_artifact_in_the_middle_is_made_again_from_what_there_is() -> None:
+    seen = Observed(artifacts=committed("import-model", "import-sft", "sft", "reward", "ppo", "import-evaluation"))
+    decided = plan(resource(), seen, NOW)
+    assert starts(decided) == {"merge", "import-prompts"}
+    assert states(decided)["import-preferences"] == "Skipped"
+
+
+def test_skipped_stages_say_why() -> None:
+    data = {name: value for name, value in DATA.items() if name != "sft"}
+    decided = plan(resource(data=data), Observed(), NOW)
+    sft = next(stage for stage in decided.status.stages if stage.name == "sft")
+    assert (sft.state, sft.message, sft.artifact) == ("Skipped", "no data.sft", None)
+
+
+def test_a_running_stage_is_not_started_again_and_shows_its_progress() -> None:
+    progress = Progress(stage="import-model", step=3, total=9, phase="loading", metrics={"rows": 2.0})
+    seen = Observed(attempts={"import-model": [attempt("import-model", progress=progress)]})
+    decided = plan(resource(), seen, NOW)
+    assert decided.actions == ()
+    shown = decided.status.stages[0]
+    assert (shown.state, shown.progress, shown.metrics, shown.message) == ("Running", "3/9", {"rows": 2.0}, "loading")
+    assert decided.status.phase == "Running"
+
+
+def test_one_stage_with_a_gpu_at_a_time() -> None:
+    data = {name: value for name, value in DATA.items() if name != "sft"}
+    run = resource(data=data)
+    links = {link.name: link for link in chain(run, {})}
+    have = {str(links[name].output): {} for name in ("import-model", "import-preferences", "import-prompts", "reward")}
+    busy = Attempt(number=1, digest=links["reward"].output.digest, started=1.0)
+    decided = plan(run, Observed(artifacts=have, attempts={"reward": [busy]}), NOW)
+    assert "ppo" not in starts(decided)
+    assert "ppo" in starts(plan(run, Observed(artifacts=have), NOW))
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_only_failures_that_a_retry_can_mend_are_retried(failure: FailureClass) -> None:
+    seen = Observed(attempts={"import-model": [failed("import-model", failure)]})
+    decided = plan(resource(), seen, NOW)
+    if failure in RETRIED:
+        assert decided.actions == (Start(LINKS["import-model"], 2),)
+    else:
+        assert decided.actions == ()
+        assert decided.status.phase == "Failed"
+        assert decided.status.stages[0].message == "import-model broke"
+        condition = next(each for each in decided.status.conditions if each.type == "Failed")
+        assert (condition.status, condition.reason.lower()) == ("True", failure.lower())
+
+
+def test_retries_wait_longer_each_time_and_then_give_up() -> None:
+    attempts: list[Attempt] = []
+    waits = []
+    for number in range(1, MAX_ATTEMPTS["infrastructure"]):
+        attempts.append(failed("import-model", "infrastructure", number, finished=NOW))
+        decided = plan(resource(), Observed(attempts={"import-model": attempts}), NOW)
+        assert decided.actions == ()
+        assert decided.status.phase == "Running"
+        assert decided.wake_at is not None
+        waits.append(decided.wake_at - NOW)
+        assert starts(plan(resource(), Observed(attempts={"import-model": attempts}), decided.wake_at)) == {
+            "import-model"
+        }
+    assert waits == [BACKOFF_SECONDS * 2**n for n in range(len(waits))]
+    attempts.append(failed("import-model", "infrastructure", len(attempts) + 1))
+    decided = plan(resource(), Observed(attempts={"import-model": attempts}), NOW + 1e6)
+    assert decided.status.phase == "Failed"
+    assert "gave up after 5 attempts" in str(decided.status.stages[0].message)
+
+
+def test_asking_again_forgives_earlier_failures_but_not_their_numbers() -> None:
+    seen = Observed(attempts={"import-model": [failed("import-model", "user")]}, asked_at=960.0)
+    assert plan(resource(), seen, NOW).actions == (Start(LINKS["import-model"], 2),)
+
+
+def test_a_failure_of_another_output_does_not_count() -> None:
+    old = replace(failed("ppo", "user"), digest="0" * 64)
+    seen = Observed(artifacts=committed(*ALL[:-2]), attempts={"ppo": [old]})
+    assert plan(resource(), seen, NOW).actions == (Start(LINKS["ppo"], 2),)
+
+
+def test_a_running_attempt_at_another_output_is_stopped_first() -> None:
+    old = Attempt(number=4, digest="0" * 64, started=1.0)
+    seen = Observed(artifacts=committed(*ALL[:-2]), attempts={"ppo": [old]})
+    assert plan(resource(), seen, NOW).actions == (Stop("ppo", 4),)
+
+
+def test_a_failed_stage_stops_the_others_and_nothing_starts() -> None:
+    seen = Observed(
+        artifacts=committed("import-model", "import-sft"),
+        attempts={"import-prompts": [failed("import-prompts", "user")], "sft": [attempt("sft")]},
+    )
+    decided = plan(resource(), seen, NOW)
+    assert decided.actions == (Stop("sft", 1),)
+    assert decided.status.phase == "Running"
+    after = replace(seen, attempts={**seen.attempts, "sft": [interrupted("sft")]})
+    assert plan(resource(), after, NOW).status.phase == "Failed"
+
+
+def test_suspend_stops_what_runs_and_waits() -> None:
+    seen = Observed(artifacts=committed(*ALL[:5]), attempts={"sft": [attempt("sft")]})
+    stopping = plan(resource(suspend=True), seen, NOW)
+    assert (stopping.actions, stopping.status.phase) == ((Stop("sft", 1),), "Running")
+    stopped = plan(resource(suspend=True), replace(seen, attempts={"sft": [interrupted("sft")]}), NOW)
+    assert (stopped.actions, stopped.status.phase, states(stopped)["sft"]) == ((), "Suspended", "Suspended")
+    resumed = plan(resource(), replace(seen, attempts={"sft": [interrupted("sft")]}), NOW)
+    assert starts(resumed) == {"sft"}
+
+
+def test_an_interrupted_stage_goes_on_at_once_but_not_in_a_tight_loop() -> None:
+    once = [interrupted("import-model", finished=NOW)]
+    assert starts(plan(resource(), Observed(attempts={"import-model": once}), NOW)) == {"import-model"}
+    twice = [*once, interrupted("import-model", 2, finished=NOW)]
+    decided = plan(resource(), Observed(attempts={"import-model": twice}), NOW)
+    assert (decided.actions, decided.wake_at) == ((), NOW + BACKOFF_SECONDS)
+
+
+def test_success_without_an_artifact_is_tried_again() -> None:
+    result = StageResult(stage="import-model", artifact=LINKS["import-model"].output)
+    lie = attempt("import-model", finished=950.0, exit_code=0, result=result)
+    assert starts(plan(resource(), Observed(attempts={"import-model": [lie]}), NOW)) == {"import-model"}
+    lies = [replace(lie, number=number) for number in range(1, 6)]
+    decided = plan(resource(), Observed(attempts={"import-model": lies}), NOW)
+    assert "is not in the store" in str(decided.status.stages[0].message)
+
+
+def test_an_exit_without_a_result_is_a_bug() -> None:
+    silent = attempt("import-model", finished=950.0, exit_code=1)
+    decided = plan(resource(), Observed(attempts={"import-model": [silent]}), NOW)
+    assert decided.status.phase == "Failed"
+    assert "exited with code 1" in str(decided.status.stages[0].message)
+
+
+def test_a_condition_keeps_its_time_until_it_changes() -> None:
+    first = plan(resource(), Observed(), NOW).status
+    later = plan(resource(), Observed(status=first, artifacts=committed(*ALL)), NOW + 60).status
+    times = {c.type: c.last_transition_time for c in later.conditions}
+    assert times["Valid"] == "1970-01-01T00:16:40Z"
+    assert times["Succeeded"] == times["Progressing"] == "1970-01-01T00:17:40Z"
+    assert all(condition.observed_generation == 3 for condition in later.conditions)
+
+
+attempts_of = st.lists(st.sampled_from(["running", "interrupted", "success", *FAILURES]), max_size=4)
+
+
+@st.composite
+def observations(draw: st.DrawFn) -> Observed:
+    """Anything that could be seen, sense or not; at most one attempt of a stage runs, the last."""
+    attempts: dict[str, list[Attempt]] = {}
+    for stage in ALL:
+        made = []
+        for number, outcome in enumerate(draw(attempts_of), 1):
+            if outcome == "running":
+                made.append(attempt(stage, number))
+                break
+            finished = draw(st.floats(900, 1100))
+            if outcome == "interrupted":
+                made.append(interrupted(stage, number, finished))
+            elif outcome == "success":
+                result = StageResult(stage=stage, artifact=LINKS[stage].output)
+                made.append(attempt(stage, number, finished=finished, exit_code=0, result=result))
+            else:
+                made.append(failed(stage, outcome, number, finished))  # type: ignore[arg-type]
+        attempts[stage] = made
+    return Observed(
+        artifacts=committed(*draw(st.sets(st.sampled_from(ALL)))),
+        attempts=attempts,
+        asked_at=draw(st.sampled_from([0.0, 905.0])),
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(observations(), st.booleans(), st.floats(900, 2000))
+def test_whatever_is_seen_the_plan_is_sound(seen: Observed, suspend: bool, now: float) -> None:
+    decided = plan(resource(suspend), seen, now)
+    running = {name for name, made in seen.attempts.items() if made and made[-1].finished is None}
+    for action in decided.actions:
+        if isinstance(action, Start):
+            assert action.link.name not in running
+            assert all(str(ref) in seen.artifacts for ref in action.link.inputs.values())
+            assert str(action.link.output) not in seen.artifacts
+            assert action.number > len(seen.attempts[action.link.name])
+        else:
+            assert action.stage in running
+    gpu = {stage.name for stage in STAGES if stage.gpu}
+    assert len(gpu & starts(decided)) <= (0 if gpu & running else 1)
+    if suspend:
+        assert not starts(decided)
+        assert stops(decided) == running
+    assert plan(resource(suspend), seen, now) == decided
+    again = plan(resource(suspend), replace(seen, status=decided.status), now)
+    assert again == decided
+    if decided.status.phase in ("Failed", "Succeeded", "Suspended"):
+        assert not running
+        assert not decided.actions
+    elif not decided.actions and not running:
+        assert decided.wake_at is not None  # never waits for nothing
+
+
+class AnyRun(RuleBasedStateMachine):
+    """A world that starts what the plan starts, and in which stages end in every way, in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = NOW
+        self.artifacts: dict[str, dict[str, float]] = {}
+        self.attempts: dict[str, list[Attempt]] = {name: [] for name in ALL}
+        self.troubles = 0
+
+    @property
+    def seen(self) -> Observed:
+        return Observed(artifacts=self.artifacts, attempts=self.attempts)
+
+    def running(self) -> list[str]:
+        return [name for name, made in self.attempts.items() if made and made[-1].finished is None]
+
+    def end(self, stage: str, result: StageResult | None, code: int) -> None:
+        last = self.attempts[stage][-1]
+        self.attempts[stage][-1] = replace(last, finished=self.now, result=result, exit_code=code)
+
+    def apply(self, suspend: bool = False) -> Plan:
+        decided = plan(resource(suspend), self.seen, self.now)
+        for action in decided.actions:
+            if isinstance(action, Start):
+                link: Link = action.link
+                self.attempts[link.name].append(Attempt(action.number, link.output.digest, self.now))
+            else:
+                self.end(action.stage, None, EXIT_INTERRUPTED)
+        self.now = max(self.now, decided.wake_at or 0.0)
+        return decided
+
+    @initialize()
+    def begin(self) -> None:
+        self.apply()
+
+    @rule(suspend=st.booleans())
+    def step(self, suspend: bool) -> None:
+        self.apply(suspend)
+
+    @precondition(lambda self: self.running())
+    @rule(data=st.data())
+    def succeed(self, data: st.DataObject) -> None:
+        stage = data.draw(st.sampled_from(self.running()))
+        self.artifacts[str(LINKS[stage].output)] = {}
+        self.end(stage, StageResult(stage=stage, artifact=LINKS[stage].output), 0)
+
+    @precondition(lambda self: self.running() and self.troubles < 4)
+    @rule(data=st.data(), failure=st.sampled_from(["interrupted", "infrastructure"]))
+    def trouble(self, data: st.DataObject, failure: str) -> None:
+        stage = data.draw(st.sampled_from(self.running()))
+        self.troubles += 1
+        if failure == "interrupted":
+            self.end(stage, None, EXIT_INTERRUPTED)
+        else:
+            reason = StageFailure(failure="infrastructure", message="the store is away")
+            self.end(stage, StageResult(stage=stage, failure=reason), 4)
+
+    @precondition(lambda self: self.artifacts)
+    @rule(data=st.data())
+    def lose_an_artifact(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(sorted(self.artifacts)))
+        kind, _, digest = key.partition("/")
+        assert ArtifactRef.model_validate({"kind": kind, "digest": digest})
+        stage = next(name for name, link in LINKS.items() if str(link.output) == key)
+        if not any(key in map(str, LINKS[busy].inputs.values()) for busy in self.running()):
+            del self.artifacts[key]
+            self.attempts[stage] = []  # its record went with it
+
+    @invariant()
+    def never_two_attempts_of_one_stage(self) -> None:
+        for made in self.attempts.values():
+            assert sum(each.finished is None for each in made) <= 1
+            assert [each.number for each in made] == sorted({each.number for each in made})
+
+    def teardown(self) -> None:
+        """Left alone, with stages that succeed, every run ends well in a bounded number of turns."""
+        for _ in range(60):
+            decided = self.apply()
+            if decided.status.phase == "Succeeded":
+                return
+            for stage in self.running():
+                self.artifacts[str(LINKS[stage].output)] = {}
+                self.end(stage, StageResult(stage=stage, artifact=LINKS[stage].output), 0)
+        raise AssertionError(f"did not end: {decided.status}")
+
+
+AnyRun.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestAnyRun = AnyRun.TestCase
