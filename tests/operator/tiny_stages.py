@@ -2,8 +2,8 @@
 
 Each stage counts to ten and commits a real artifact. `--script FILE` is a JSON object of stage -> list, one word an
 attempt, of what goes wrong: user, gate, infrastructure, outOfMemory, bug (a result with that failure), crash (no
-result), killed, segfault, lie (claims success without an artifact), slow (counts to 400) or fine. Every attempt
-appends a line to FILE.log.
+result), killed, segfault, lie (claims success without an artifact), slow (counts to 400), deaf (so too, and ignores
+SIGTERM), environment (fails, saying what it was given) or fine. Every attempt appends a line to FILE.log.
 """
 
 import argparse
@@ -61,12 +61,17 @@ def main() -> int:
             return end(EXIT_OK, artifact=config.output)
         case "fine" | "slow":
             pass
+        case "deaf":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        case "environment":
+            message = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}"
+            return end(EXIT_CODES["user"], failure=StageFailure(failure="user", message=message))
         case _:
             return end(EXIT_CODES[word], failure=StageFailure(failure=word, message=f"{config.stage} went {word}"))  # type: ignore[index,arg-type]
 
     checkpoint = options.work / "step"
     first = int(checkpoint.read_text()) if checkpoint.exists() else 0
-    total = 400 if word == "slow" else 10
+    total = 10 if word == "fine" else 400
     for step in range(first, total):
         checkpoint.write_text(str(step))
         progress = Progress(stage=config.stage, step=step + 1, total=total, phase="counting", metrics={"loss": 1.0})
@@ -76,7 +81,7 @@ def main() -> int:
         if stop:
             failure = StageFailure(failure="infrastructure", message="stopped by SIGTERM; run again to continue")
             return end(EXIT_INTERRUPTED, failure=failure)
-        time.sleep(0.02 if word == "slow" else 0)
+        time.sleep(0.02 if total == 400 else 0)
     writer = artifacts.writer(config.output, config.attempt)
     metrics = {"loss": 0.5, "resumedFrom": float(first)}
     writer.add_bytes("report.json", json.dumps({"metrics": metrics}).encode())
