@@ -108,7 +108,7 @@ def test_running_again_after_a_failure_continues(bench: "Bench") -> None:
 
 def test_ctrl_c_saves_a_checkpoint_and_running_again_continues_from_it(bench: "Bench") -> None:
     bench.have(*SHORT[:3])
-    bench.misbehave(ppo=["slow", "slow"])
+    bench.misbehave(ppo=["slow"])
     driver = bench.drive()
     bench.wait_for_step("ppo", 20)
     driver.send_signal(signal.SIGINT)

@@ -73,7 +73,9 @@ def main() -> int:
     first = int(checkpoint.read_text()) if checkpoint.exists() else 0
     total = 10 if word == "fine" else 400
     for step in range(first, total):
-        checkpoint.write_text(str(step))
+        temporary = options.work / ".step"
+        temporary.write_text(str(step))
+        temporary.rename(checkpoint)
         progress = Progress(stage=config.stage, step=step + 1, total=total, phase="counting", metrics={"loss": 1.0})
         temporary = options.work / ".progress"
         temporary.write_text(progress.model_dump_json(by_alias=True))
