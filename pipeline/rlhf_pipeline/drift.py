@@ -13,7 +13,7 @@ import torch
 from rlhf_api.run import Quantization
 
 ROWS = 64
-TOKENS = 2048  # of all rows together: the two losses are of the same tokens, so few are enough
+TOKENS = 1024  # of all rows together: the two losses are of the same tokens, so few are enough
 BATCH_TOKENS = 512  # bounds the logits: (512, vocabulary)
 
 

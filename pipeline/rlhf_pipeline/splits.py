@@ -15,7 +15,8 @@ class Split:
 
 def position(text: str, purpose: str) -> float:
     """A number in [0, 1) that depends on the text alone; independent for each purpose."""
-    return int.from_bytes(sha256(f"{purpose}\0{text}".encode()).digest()[:7], "big") / 2**56
+    digest = sha256(f"{purpose}\0{text}".encode("utf-8", "surrogatepass")).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53  # as many bits as a float holds: it is never 1
 
 
 def in_range(texts: Sequence[str], rows: str | None) -> list[int]:
@@ -46,9 +47,9 @@ def hold_out(texts: Sequence[str], indexes: Sequence[int], fraction: float) -> S
     Whether a text is held out does not depend on the other rows, so it is in every table made from the same texts.
     """
     positions = {index: position(texts[index], "held out") for index in indexes}
-    bar = fraction
-    if positions and fraction > 0 and min(positions.values()) >= fraction:
-        bar = min(positions.values()) + 2**-56
-    return Split(
-        [index for index in indexes if positions[index] >= bar], [index for index in indexes if positions[index] < bar]
-    )
+    held_out = [index for index in indexes if positions[index] < fraction]
+    if not held_out and positions and fraction > 0:
+        lowest = min(positions.values())
+        held_out = [index for index in indexes if positions[index] == lowest]
+    chosen = set(held_out)
+    return Split([index for index in indexes if index not in chosen], held_out)
