@@ -29,7 +29,7 @@ from rlhf_pipeline.reward_adapter import (
 from rlhf_pipeline.reward_models import ClassifierReward, FunctionReward, RewardCard
 from rlhf_pipeline.stage_process import Stage
 
-NORMALISATION_TEXTS = 128
+NORMALISATION_TEXTS = 64
 COMPARED_PAIRS = 256
 MAX_CPU_PARAMETERS = 2e9  # scoring a larger 16-bit base on a CPU takes longer than it is worth
 
@@ -71,7 +71,9 @@ def _trained(stage: Stage, reward: Reward) -> dict[str, float]:
     draws = reward.steps * reward.batch_size
     order = training_order(row_count(data / "train.parquet"), draws, settings.seed)
     pairs = _pairs(tokenizer, data / "train.parquet", order, reward.sequence_length)
-    held_out = _pairs(tokenizer, data / "heldout.parquet", slice(held_out_count(draws)), reward.sequence_length)
+    held_out = _pairs(
+        tokenizer, data / "heldout.parquet", slice(held_out_count(draws, at_least=128)), reward.sequence_length
+    )
     held_out = [pair for pair in held_out if pair[0] != pair[1]]
     if not held_out:
         raise UserError(

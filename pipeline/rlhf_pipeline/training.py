@@ -13,8 +13,6 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from rlhf_api.errors import TrainingError
 from rlhf_pipeline.stage_process import Interrupted, Stage
 
-MIN_HELD_OUT = 128
-
 
 def training_order(rows: int, draws: int, seed: int) -> list[int]:
     """The row of each of `draws` training examples: whole permutations of `rows` rows, one after the other.
@@ -28,9 +26,9 @@ def training_order(rows: int, draws: int, seed: int) -> list[int]:
     return order[:draws]
 
 
-def held_out_count(trained: int) -> int:
-    """How many held-out rows are scored at most: a tenth of the rows trained on, to cost little; at least 128."""
-    return max(MIN_HELD_OUT, trained // 10)
+def held_out_count(trained: int, at_least: int) -> int:
+    """How many held-out rows are scored at most: a tenth of the rows trained on, to cost little."""
+    return max(at_least, trained // 10)
 
 
 def read_columns(path: Path, columns: Sequence[str], rows: Sequence[int] | slice) -> dict[str, list[str]]:

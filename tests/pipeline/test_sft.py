@@ -21,13 +21,15 @@ from rlhf_pipeline.training import encode, held_out_count, training_order
 torch.set_num_threads(1)
 
 
-def sft_config(runs: StageRuns, family: str = "llama", quantization: str = "none", **changes: Any) -> StageConfig:
+def sft_config(
+    runs: StageRuns, family: str = "llama", quantization: str = "none", dropout: float = 0.1, **changes: Any
+) -> StageConfig:
     model = runs.put("model", build_tiny_model(runs.root / f"model-{family}", family, layers=2))
     texts = [f"{text}, {word}" for word in ("they say", "we think", "it seems") for text in TEXTS]
     data = runs.put_tables("sft-data", {"text": texts}, {"text": TEXTS})
     settings = {"steps": 6, "batch_size": 4, "micro_batch_size": 2, "sequence_length": 16, "learning_rate": 0.02}
     sft = SFT(**settings | {"checkpoint_steps": 100} | changes)
-    lora = Lora(rank=4, dropout=0.1)
+    lora = Lora(rank=4, dropout=dropout)
     return runs.config(
         "sft", {"model": model, "data": data}, sft=sft, lora=lora, quantization=Quantization(type=quantization), seed=3
     )
@@ -87,6 +89,14 @@ def test_artifact_holds_what_the_next_stages_read(runs: StageRuns) -> None:
     text = (folder / "adapter" / "adapter_config.json").read_text()
     assert str(runs.root) not in text
     assert json.loads(text)["target_modules"] == [f"self_attn.{x}_proj" for x in "koqv"]
+
+
+def test_micro_batches_leave_the_result_alone(runs: StageRuns) -> None:
+    # Texts of unequal length: every token counts once, wherever its micro-batch was cut.
+    folders = [runs.fetch(runs.run(sft_config(runs, steps=3, dropout=0.0, micro_batch_size=size))) for size in (1, 4)]
+    one, four = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in folders)
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, four[name], atol=1e-4, rtol=1e-3, msg=name)
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(runs: StageRuns) -> None:
@@ -175,5 +185,5 @@ def test_training_order_goes_through_all_rows_before_it_repeats() -> None:
 
 
 def test_held_out_rows_are_bounded() -> None:
-    assert held_out_count(480) == 128
-    assert held_out_count(16_000) == 1600
+    assert held_out_count(480, 128) == 128
+    assert held_out_count(16_000, 128) == 1600
