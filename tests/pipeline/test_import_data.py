@@ -223,7 +223,7 @@ def test_too_long_prompts_are_cut_or_dropped(imports: Imports, overflow: str) ->
 
 def test_prompts_that_are_equal_once_cut_are_one_prompt(imports: Imports) -> None:
     data = PromptData(source=imports.table(ROWS), prompt_column="text", overflow="truncate", held_out=0.3)
-    parts, report, _ = imports.run("prompt-data", prompt_data=data, prompt_tokens=4)
+    parts, report, _ = imports.run("prompt-data", prompt_data=data, prompt_tokens=10)
     ids = [tuple(row["input_ids"]) for row in parts["train"] + parts["heldout"]]
     assert len(ids) == len(set(ids)) < 300
     assert report["duplicates"] == 300 - len(ids)
