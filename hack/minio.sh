@@ -6,8 +6,8 @@ bin=$(cd "$(dirname "$0")/.." && pwd)/.cache/bin
 if command -v minio; then exit; fi
 if [ ! -x "$bin/minio" ]; then
     mkdir -p "$bin"
+    trap 'rm -rf "$bin.$$"' EXIT
     GOBIN="$bin.$$" CGO_ENABLED=0 go install -trimpath "github.com/minio/minio@$version" >&2
     mv "$bin.$$/minio" "$bin/minio"
-    rmdir "$bin.$$"
 fi
 echo "$bin/minio"
