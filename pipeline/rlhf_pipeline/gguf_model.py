@@ -18,8 +18,11 @@ def convert_gguf(file: Path, folder: Path) -> Any:
     logging.disable_progress_bar()
     place = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            **place, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            **place,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(**place)
     except (ValueError, KeyError, NotImplementedError) as error:
@@ -27,5 +30,7 @@ def convert_gguf(file: Path, folder: Path) -> Any:
             f"model.source: {file.name} is no GGUF file that transformers reads ({error}); "
             "use the model's safetensors instead"
         ) from error
+    if missing := sorted(loaded["missing_keys"]):  # transformers would fill them with random numbers
+        raise UserError(f"model.source: {file.name} lacks {missing[0]} and {len(missing) - 1} more; download it again")
     model.save_pretrained(folder, max_shard_size="2GB")
     return tokenizer

@@ -37,6 +37,7 @@ def import_model(stage: Stage) -> dict[str, float]:
         version = files.version
         names = weight_files(model.source, files, stage.work / "source")
         _copy_side_files(model, files, stage)
+        model_facts(stage.output)  # a fault of the config shows before the weights are copied
         tokenizer = _readable(model, lambda: AutoTokenizer.from_pretrained(stage.output))
         for number, name in enumerate(names):
             stage.progress.update(step=number, total=len(names), phase="copying weights")

@@ -115,10 +115,13 @@ def vocabulary_of(folder: Path) -> int:
 def model_facts(folder: Path) -> dict[str, Any]:
     """The model's shape, for the report and the memory budget, as transformers reads config.json.
 
-    Raises UserError if transformers does not know the architecture.
+    Raises UserError if it is quantised already, or if transformers does not know the architecture.
     """
     from transformers import AutoConfig
 
+    if method := json.loads((folder / "config.json").read_text()).get("quantization_config"):
+        name = method.get("quant_method", "some method")
+        raise UserError(f"model.source: the model is already quantised with {name}; use its 16-bit weights")
     try:
         config = AutoConfig.from_pretrained(folder)
     except ValueError as error:
