@@ -5,12 +5,12 @@ import time
 from datetime import timedelta
 from typing import get_args
 
-from rich.console import Console
 from rich.table import Table
 
 from rlhf_api.errors import UserError
 from rlhf_api.names import EXIT_OK, EXIT_USER
 from rlhf_api.stage import ArtifactKind, ArtifactRef
+from rlhf_operator.display import console
 from rlhf_operator.figures import duration, size
 from rlhf_operator.place import chosen_store, home
 from rlhf_operator.stages import STAGES
@@ -36,7 +36,7 @@ def list_artifacts(kind: str | None, store_url: str | None, endpoint: str | None
     for manifest in manifests:
         age = duration(time.time() - manifest.created_at)
         table.add_row(f"{manifest.kind}/{manifest.digest[:12]}", size(manifest.size), str(len(manifest.files)), age)
-    Console().print(table if manifests else "no artifacts")
+    console().print(table if manifests else "no artifacts")
 
 
 def verify_artifacts(names: list[str], store_url: str | None, endpoint: str | None, as_json: bool) -> int:

@@ -25,25 +25,37 @@ MARKS: dict[StageState, tuple[str, str]] = {
     "Failed": ("✗", "bold red"),
     "Suspended": ("‖", "yellow"),
 }
+BAR_WIDTH = 20
+PLAIN_WIDTH = 200  # of output that is not a terminal
 LINE_SECONDS = 30.0  # between plain lines of a stage that makes progress
 
 
+def console(stderr: bool = False) -> Console:
+    """A console on standard output or error; not cut to 80 columns where that is a file or a pipe."""
+    made = Console(stderr=stderr)
+    return made if made.is_terminal else Console(stderr=stderr, width=PLAIN_WIDTH)
+
+
 @contextmanager
-def display(console: Console) -> Iterator[Show]:
+def display(screen: Console) -> Iterator[Show]:
     """A function that shows a status; on a terminal it draws one table over and over."""
-    if not console.is_terminal:
-        yield PlainLines(console)
+    if not screen.is_terminal:
+        yield PlainLines(screen)
         return
     # No refresh thread: the runner draws, and starts processes, from one thread.
-    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+    with Live(console=screen, auto_refresh=False, vertical_overflow="visible") as live:
         yield lambda status, observed: live.update(stage_table(status, observed, time.time()), refresh=True)
 
 
 def stage_table(status: RunStatus, observed: Observed, now: float) -> Table:
     """One row a stage: mark, name, bar, steps, time, metrics or message."""
     table = Table.grid(padding=(0, 1))
-    for options in ({}, {}, {}, {"justify": "right"}, {"justify": "right"}, {"overflow": "ellipsis"}):
-        table.add_column(no_wrap=True, **options)  # type: ignore[arg-type]
+    table.add_column(width=1)
+    table.add_column(min_width=max(len(stage.name) for stage in status.stages), no_wrap=True)
+    table.add_column(width=BAR_WIDTH, no_wrap=True)
+    table.add_column(min_width=7, justify="right", no_wrap=True)
+    table.add_column(min_width=8, justify="right", no_wrap=True)
+    table.add_column(overflow="ellipsis", no_wrap=True)
     for stage in status.stages:
         mark, style = MARKS[stage.state]
         progress = _progress(stage, observed)
@@ -61,8 +73,8 @@ def stage_table(status: RunStatus, observed: Observed, now: float) -> Table:
 class PlainLines:
     """One line for each change of a stage's state, and now and then one for its progress."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, screen: Console) -> None:
+        self._console = screen
         self._last: dict[str, tuple[StageState, int, float]] = {}
 
     def __call__(self, status: RunStatus, observed: Observed) -> None:
@@ -88,16 +100,17 @@ def _progress(stage: StageStatus, observed: Observed) -> Progress | None:
 
 def _bar(stage: StageStatus, progress: Progress | None) -> ProgressBar | Text:
     if progress and progress.total:
-        return ProgressBar(progress.total, min(progress.step, progress.total), width=24)
+        return ProgressBar(progress.total, min(progress.step, progress.total), width=BAR_WIDTH)
     words = {"Succeeded": "done", "Running": "starting" if progress is None else progress.phase}
     return Text(words.get(stage.state, stage.state.lower()), style="dim")
 
 
 def _time(stage: StageStatus, observed: Observed, now: float) -> str:
     attempts = [a for a in observed.attempts.get(stage.name, ()) if a.started >= observed.asked_at]
-    if not attempts or stage.state not in ("Running", "Succeeded", "Failed", "Suspended"):
+    if stage.state not in ("Running", "Succeeded", "Failed", "Suspended"):
         return ""
-    return duration(sum((attempt.finished or now) - attempt.started for attempt in attempts))
+    seconds = sum((attempt.finished or now) - attempt.started for attempt in attempts)
+    return duration(seconds) if seconds >= 0.5 else ""
 
 
 def _words(stage: StageStatus, progress: Progress | None, now: float) -> str:

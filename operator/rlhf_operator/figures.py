@@ -5,7 +5,7 @@ from typing import Final
 
 # What practitioners look at first, in this order.
 KEY_METRICS: Final = (
-    "reward", "score", "kl", "accuracy", "win_rate", "held_out_loss_after", "held_out_loss", "loss", "entropy",
+    "reward_rise", "reward", "score", "kl", "accuracy", "held_out_loss_before", "held_out_loss_after", "loss",
 )  # fmt: skip
 
 

@@ -4,11 +4,11 @@ import json
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-
 from rlhf_api.parse import load_run
+
+from rlhf_operator.display import console
 from rlhf_operator.fingerprints import fingerprints
 from rlhf_operator.local import observe_store
 from rlhf_operator.place import chosen_store, home
@@ -63,6 +63,6 @@ def plan_file(file: Path, store_url: str | None, endpoint: str | None, as_json: 
         about = f"{kind}/{digest[:12]}" if digest else str(row["reason"])
         where = "" if action != "run" else "GPU" if row["gpu"] else "CPU"
         table.add_row(str(row["stage"]), Text(action, style=STYLES[action]), where, Text(about, style="dim"))
-    console = Console()
-    console.print(table)
-    console.print(f"Store: {store.url}", style="dim", highlight=False, soft_wrap=True)
+    screen = console()
+    screen.print(table)
+    screen.print(f"Store: {store.url}", style="dim", highlight=False, soft_wrap=True)

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rlhf_api.parse import load_run
 
 from rlhf_api.errors import FailureClass
 from rlhf_api.names import EXIT_BUG, EXIT_CODES, EXIT_INTERRUPTED, EXIT_OK
-from rlhf_api.parse import load_run
 from rlhf_api.run import RunStatus
-from rlhf_operator.display import display
+from rlhf_operator.display import console, display
 from rlhf_operator.local import PIPELINE, LocalRunner
 from rlhf_operator.place import chosen_store, home
 from rlhf_operator.run_folder import RunFolder
@@ -25,13 +25,13 @@ def run_file(
     run = load_run(file)
     store = chosen_store(store_url, endpoint, run)
     runner = LocalRunner(run, store, home(), command)
-    with display(Console(stderr=json)) as show:
+    with display(console(stderr=json)) as show:
         status = runner.run(show)
     if json:
         print(status.model_dump_json(by_alias=True, exclude_none=True))
     match status.phase:
         case "Succeeded":
-            _show_success(runner.folder, status, Console(stderr=json))
+            _show_success(runner.folder, status, console(stderr=json))
             return EXIT_OK
         case "Suspended":
             print(_suspended(file, run.spec.suspend), file=sys.stderr)
@@ -53,8 +53,8 @@ def _suspended(file: Path, asked: bool) -> str:
     return f"rlhf: stopped; `rlhf run {file}` continues"
 
 
-def _show_success(folder: RunFolder, status: RunStatus, console: Console) -> None:
+def _show_success(folder: RunFolder, status: RunStatus, screen: Console) -> None:
     artifacts = open_artifacts(folder.store())
-    console.print(summary_table(summarize(status, artifacts)))
+    screen.print(summary_table(summarize(status, artifacts)))
     if report := save_report(status, artifacts, folder.path / "report.html"):
-        console.print(f"Report: {report}", highlight=False, soft_wrap=True)
+        screen.print(f"Report: {report}", highlight=False, soft_wrap=True)

@@ -4,13 +4,12 @@ import json
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from rlhf_api.errors import UserError
 from rlhf_api.run import RunStatus
-from rlhf_operator.display import stage_table
+from rlhf_operator.display import console, stage_table
 from rlhf_operator.place import home
 from rlhf_operator.plan import Observed
 from rlhf_operator.run_folder import RunFolder
@@ -34,7 +33,7 @@ def show_runs(as_json: bool) -> None:
     table.add_column("phase")
     for name, phase in rows:
         table.add_row(name, phase)
-    Console().print(table)
+    console().print(table)
 
 
 def show_run(name: str, as_json: bool) -> None:
@@ -47,9 +46,9 @@ def show_run(name: str, as_json: bool) -> None:
         print(json.dumps({"name": name, "active": folder.active, **document}))
         return
     attempts = {stage.name: folder.attempts(stage.name) for stage in STAGES}
-    console = Console()
-    console.print(Text.assemble((name, "bold"), f"  {phase}"))
-    console.print(stage_table(status, Observed(attempts=attempts), time.time()))
+    screen = console()
+    screen.print(Text.assemble((name, "bold"), f"  {phase}"))
+    screen.print(stage_table(status, Observed(attempts=attempts), time.time()))
 
 
 def copy_report(name: str, out: Path) -> None:
