@@ -49,7 +49,7 @@ class LoraUpdate:
         DoRA: https://arxiv.org/abs/2402.09353, equation 5.
         """
         delta = _float32(self.b) @ _float32(self.a)
-        delta = (delta.T if fan_in_fan_out else delta) * self.scale
+        delta = (delta.T if fan_in_fan_out else delta).mul_(self.scale)
         if self.magnitude is None:
             return delta.add_(weight)
         merged = weight.float() + delta
