@@ -90,14 +90,15 @@ class Bench:
     def run(self, clock: Callable[[], float] = time.time, **spec: Any) -> RunStatus:
         return self.runner(clock, **spec).run(lambda *_: None)
 
-    def have(self, *stages: str, **spec: Any) -> None:
-        """Commit these stages' artifacts, as an earlier run would have."""
+    def have(self, *stages: str, report: Any = None, **spec: Any) -> None:
+        """Commit these stages' artifacts, as an earlier run would have, with `report` as their report.json."""
         run = self.resource(**spec)
         artifacts = open_artifacts(self.home.default_store())
         for link in chain(run, fingerprints(run, self.home.fingerprint_cache)):
             if link.name in stages:
                 writer = artifacts.writer(link.output, "earlier-1")
-                writer.add_bytes("report.json", b"{}")
+                writer.add_bytes("report.json", json.dumps(report or {}).encode())
+                writer.add_bytes("logs/report.html", b"<title>tiny report</title>")
                 writer.commit({"metrics": {"loss": 0.25}, "seconds": 0.5})
 
     def drive(self, **spec: Any) -> "subprocess.Popen[str]":

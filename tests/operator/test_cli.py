@@ -1,0 +1,234 @@
+"""The command `rlhf`: what it prints where, and how it exits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from rlhf_api.errors import UserError
+from rlhf_api.names import EXIT_CODES
+from rlhf_operator.artifacts_command import collect_garbage, list_artifacts, verify_artifacts
+from rlhf_operator.generate_command import generate_from
+from rlhf_operator.plan_command import plan_file, validate_file
+from rlhf_operator.run_command import exit_code, run_file
+from rlhf_operator.status_command import copy_report, show_run, show_runs
+
+if TYPE_CHECKING:
+    from conftest import Bench  # type: ignore[import-not-found]
+
+SHORT = ["import-model", "import-prompts", "reward", "ppo", "evaluate"]
+RLHF = Path(sys.executable).with_name("rlhf")
+REWARD = {
+    "reference": {"mean": 0.1, "low": 0.0, "high": 0.2},
+    "policy": {"mean": 0.6, "low": 0.5, "high": 0.7},
+    "rise": {"mean": 0.5, "low": 0.4, "high": 0.6},
+    "win_rate": {"share": 0.75, "low": 0.6, "high": 0.9},
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_the_folder(bench: "Bench", monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(bench.folder)
+
+
+def rlhf(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([RLHF, *arguments], text=True, capture_output=True, timeout=60, check=False)
+
+
+def finish(bench: "Bench", **spec: Any) -> None:
+    """A finished run whose artifacts were all there already."""
+    bench.have(*SHORT, **spec)
+    bench.run(**spec)
+
+
+def test_help_names_every_command() -> None:
+    done = rlhf("--help")
+    assert done.returncode == 0
+    for command in ("run", "validate", "plan", "status", "report", "generate", "artifacts"):
+        assert command in done.stdout
+
+
+def test_the_command_starts_without_its_heavy_parts() -> None:
+    code = "import rlhf_operator.cli, sys; print({'pydantic', 'torch', 'minio', 'rlhf_api.run'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["report", "nope"], "run 'nope' is not in"),
+        (["artifacts", "ls", "polizy"], "kind 'polizy': there is no such kind; use one of model,"),
+        (["artifacts", "ls", "--store", "s3://"], "--store s3://: no store; use"),
+        (["artifacts", "ls", "--endpoint", "http://there"], "add --store s3://bucket/prefix"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_2(arguments: list[str], words: str) -> None:
+    done = rlhf(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("rlhf: ")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_debug_shows_the_traceback() -> None:
+    done = rlhf("report", "nope", "--debug")
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+    assert "UserError" in done.stderr
+
+
+def test_validate_lists_the_stages(bench: "Bench", capsys: pytest.CaptureFixture[str]) -> None:
+    assert validate_file(bench.write(), as_json=True) == 0
+    assert json.loads(capsys.readouterr().out) == {"valid": True, "name": "tiny", "stages": SHORT}
+
+
+def test_validate_names_the_field_of_a_source_that_is_missing(bench: "Bench") -> None:
+    (bench.folder / "reviews.csv").unlink()
+    with pytest.raises(UserError, match=r"spec\.data\.prompts\.source: file:.*reviews\.csv does not exist"):
+        validate_file(bench.write(), as_json=False)
+
+
+def test_plan_says_run_reuse_or_skip(bench: "Bench", capsys: pytest.CaptureFixture[str]) -> None:
+    bench.have(*SHORT[:2])
+    plan_file(bench.write(suspend=True), None, None, as_json=True)
+    rows = {row["stage"]: row for row in json.loads(capsys.readouterr().out)["stages"]}
+    actions = {name: row["action"] for name, row in rows.items() if row["action"] != "skip"}
+    assert actions == dict(zip(SHORT, ["reuse", "reuse", "run", "run", "run"], strict=True))
+    assert rows["sft"]["reason"] == "no data.sft"
+    assert not (bench.home.path / "runs").exists()
+
+
+def test_run_prints_json_alone_on_standard_output(bench: "Bench", capsys: pytest.CaptureFixture[str]) -> None:
+    bench.have(*SHORT[:4])
+    assert run_file(bench.write(), None, None, json=True, command=bench.command) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["phase"] == "Succeeded"
+    assert "evaluate  succeeded" in err
+    report = bench.home.run_folder("tiny").path / "report.html"
+    assert f"Report: {report}" in err
+    assert "tiny report" in report.read_text()
+
+
+def test_run_sums_up_what_changed_and_what_it_cost(bench: "Bench", capsys: pytest.CaptureFixture[str]) -> None:
+    figures = {"samples": 64, "reward": REWARD, "scorers": {"vader": REWARD}, "kl": {"mean": 6.3, "low": 6, "high": 7}}
+    bench.have(*SHORT[:4])
+    bench.have("evaluate", report=figures)
+    assert run_file(bench.write(), None, None, json=False, command=bench.command) == 0
+    out = capsys.readouterr().out
+    assert "64 held-out prompts" in out
+    vader = next(line.split() for line in out.splitlines() if line.startswith("vader"))
+    assert vader == ["vader", "0.1", "0.6", "+0.5", "[0.4,", "0.6]", "75%"]
+    assert "KL paid for it: 6.3 [6, 7] nats a response" in out
+
+
+@pytest.mark.parametrize("failure", ["user", "gate", "bug"])
+def test_a_failed_run_exits_with_its_class_and_says_where(
+    bench: "Bench", capsys: pytest.CaptureFixture[str], failure: str
+) -> None:
+    bench.misbehave(import_model=[failure])
+    assert run_file(bench.write(), None, None, json=False, command=bench.command) == EXIT_CODES[failure]  # type: ignore[index]
+    assert capsys.readouterr().err == f"rlhf: import-model: import-model went {failure}\n"
+
+
+@pytest.mark.parametrize(("failure", "code"), EXIT_CODES.items())
+def test_every_failure_class_has_its_exit_code(failure: str, code: int) -> None:
+    assert exit_code(failure[:1].upper() + failure[1:]) == code
+
+
+def test_a_suspended_run_says_how_to_go_on(bench: "Bench", capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_file(bench.write(suspend=True), None, None, json=False, command=bench.command) == 130
+    assert "spec.suspend is true" in capsys.readouterr().err
+
+
+def test_the_store_can_be_named(bench: "Bench", capsys: pytest.CaptureFixture[str]) -> None:
+    url = (bench.folder / "elsewhere").as_uri()
+    bench.misbehave(import_prompts=["user"])
+    run_file(bench.write(), url, None, json=False, command=bench.command)
+    list_artifacts(None, url, None, as_json=True)
+    assert [row["ref"].split("/")[0] for row in json.loads(capsys.readouterr().out.splitlines()[-1])][:1] == ["model"]
+    assert not (bench.home.path / "store").exists()
+
+
+def test_status_lists_runs_and_shows_one(bench: "Bench", capsys: pytest.CaptureFixture[str]) -> None:
+    show_runs(as_json=True)
+    finish(bench)
+    show_runs(as_json=True)
+    show_run("tiny", as_json=True)
+    none, runs, one = map(json.loads, capsys.readouterr().out.splitlines())
+    assert none == []
+    assert runs == [{"name": "tiny", "phase": "Succeeded"}]
+    assert (one["name"], one["active"], len(one["stages"])) == ("tiny", False, 10)
+
+
+def test_status_tells_a_killed_run_from_one_that_runs(bench: "Bench", capsys: pytest.CaptureFixture[str]) -> None:
+    finish(bench)
+    folder = bench.home.run_folder("tiny")
+    folder.write_status(folder.need_status().model_copy(update={"phase": "Running"}))
+    show_runs(as_json=True)
+    with folder.locked():
+        show_runs(as_json=True)
+    killed, running = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (killed[0]["phase"], running[0]["phase"]) == ("Interrupted", "Running")
+
+
+def test_report_is_copied_out(bench: "Bench", capsys: pytest.CaptureFixture[str]) -> None:
+    finish(bench)
+    copy_report("tiny", bench.folder / "page.html")
+    assert "tiny report" in (bench.folder / "page.html").read_text()
+    assert capsys.readouterr().out.strip() == str(bench.folder / "page.html")
+    with pytest.raises(UserError, match="No such file or directory; name a file that can be written"):
+        copy_report("tiny", bench.folder / "none" / "page.html")
+
+
+def test_report_of_an_unfinished_run_says_so(bench: "Bench") -> None:
+    bench.run(suspend=True)
+    with pytest.raises(UserError, match="'tiny' has no report yet: its phase is Suspended"):
+        copy_report("tiny", bench.folder / "page.html")
+
+
+def test_verify_finds_an_altered_file(bench: "Bench", capsys: pytest.CaptureFixture[str]) -> None:
+    finish(bench)
+    assert verify_artifacts([], None, None, as_json=False) == 0
+    victim = next((bench.home.path / "store").rglob("policy/*/*/report.json"))
+    victim.chmod(0o644)
+    victim.write_bytes(b"[]")
+    assert verify_artifacts(["policy"], None, None, as_json=False) == 2
+    assert "report.json" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_gc_keeps_what_the_runs_name(bench: "Bench", capsys: pytest.CaptureFixture[str]) -> None:
+    bench.have(*SHORT, ppo={"epochs": 3})
+    finish(bench)
+    collect_garbage(0, True, True, None, None, as_json=True)
+    collect_garbage(0, True, False, None, None, as_json=True)
+    list_artifacts(None, None, None, as_json=True)
+    rehearsed, removed, left = map(json.loads, capsys.readouterr().out.splitlines())
+    assert rehearsed == removed
+    assert len(removed) == 2  # the other run's policy and evaluation
+    assert len(left) == len(SHORT)
+
+
+def test_generate_asks_for_the_model_and_the_policy_of_the_run(
+    bench: "Bench", capfd: pytest.CaptureFixture[str]
+) -> None:
+    finish(bench)
+    echo = [sys.executable, "-c", "import json, sys; print(json.dumps(sys.argv[1:]))"]
+    assert generate_from("tiny", ["a b", "c"], False, 9, 0.5, 3, True, command=echo) == 0
+    assert generate_from("tiny", ["a b"], True, 9, 0.5, 3, False, command=echo) == 0
+    both, before = map(json.loads, capfd.readouterr().out.splitlines())
+    options = dict(zip(both[::2], both[1::2], strict=False))
+    assert options["--model"].startswith("model/")
+    assert options["--policy"].startswith("policy/")
+    assert (options["--tokens"], options["--temperature"], options["--seed"]) == ("9", "0.5", "3")
+    assert [both[i + 1] for i, word in enumerate(both) if word == "--prompt"] == ["a b", "c"]
+    assert both[-1] == "--json"
+    assert "--policy" not in before
+
+
+def test_generate_needs_a_policy(bench: "Bench") -> None:
+    bench.run(suspend=True)
+    with pytest.raises(UserError, match="has no model yet"):
+        generate_from("tiny", ["a"], False, 9, 0.5, 3, True)
