@@ -6,10 +6,10 @@ from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
-from rlhf_api.parse import load_run
 
 from rlhf_operator.display import console
 from rlhf_operator.fingerprints import fingerprints
+from rlhf_operator.load import load_run
 from rlhf_operator.local import observe_store
 from rlhf_operator.place import chosen_store, home
 from rlhf_operator.plan import Observed, plan

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rlhf_api.parse import load_run
 
 from rlhf_api.errors import FailureClass
 from rlhf_api.names import EXIT_BUG, EXIT_CODES, EXIT_INTERRUPTED, EXIT_OK
 from rlhf_api.run import RunStatus
 from rlhf_operator.display import console, display
+from rlhf_operator.load import load_run
 from rlhf_operator.local import PIPELINE, LocalRunner
 from rlhf_operator.place import chosen_store, home
 from rlhf_operator.run_folder import RunFolder
