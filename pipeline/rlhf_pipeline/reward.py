@@ -77,7 +77,8 @@ def _trained(stage: Stage, reward: Reward) -> dict[str, float]:
     held_out = [pair for pair in held_out if pair[0] != pair[1]]
     if not held_out:
         raise UserError(
-            f"reward.sequenceLength: {reward.sequence_length} cuts every held-out pair to the same tokens; raise it"
+            f"reward.sequenceLength: {reward.sequence_length} cuts every held-out pair to the same tokens, "
+            "or data.preferences.heldOut leaves none; raise them"
         )
 
     # 2. the base as a classifier with one output, an adapter, a head
@@ -107,7 +108,7 @@ def _trained(stage: Stage, reward: Reward) -> dict[str, float]:
     stop_if_asked(stage)
     stage.progress.update(phase="normalising")
     texts, source = _normalisation_texts(stage, tokenizer, held_out, reward.sequence_length)
-    plain = scores.flatten() if source == "held-out pairs" else score(trainer.model, texts, tokenizer.pad_token_id)
+    plain = score(trainer.model, texts, tokenizer.pad_token_id)
     mean, std = plain.mean().item(), max(plain.std(correction=0).item(), 1e-6)
 
     # 6. the artifact
@@ -197,10 +198,12 @@ def _normalisation_texts(
 ) -> tuple[list[list[int]], str]:
     from rlhf_pipeline.training import encode, read_columns
 
-    if not stage.has("sft-data"):
-        return [text for pair in held_out for text in pair], "held-out pairs"
-    path = stage.input("sft-data") / "heldout.parquet"
-    texts = read_columns(path, ["text"], slice(NORMALISATION_TEXTS))["text"]
+    texts: list[str] = []
+    if stage.has("sft-data"):
+        path = stage.input("sft-data") / "heldout.parquet"
+        texts = read_columns(path, ["text"], slice(NORMALISATION_TEXTS))["text"]
+    if not texts:
+        return [text for pair in held_out for text in pair], "texts of held-out pairs"
     return encode(tokenizer, texts, length), "held-out SFT texts"
 
 
@@ -272,7 +275,8 @@ def _sample_report(stage: Stage, scorer: Any, figures: dict[str, Any]) -> dict[s
 
     texts = ["The film was a pleasure to watch.", "The film was a waste of time."]
     if stage.has("sft-data"):
-        texts = read_columns(stage.input("sft-data") / "heldout.parquet", ["text"], slice(NORMALISATION_TEXTS))["text"]
+        path = stage.input("sft-data") / "heldout.parquet"
+        texts = read_columns(path, ["text"], slice(NORMALISATION_TEXTS))["text"] or texts
     scores = torch.tensor(scorer([""] * len(texts), texts))
     figures |= {
         "samples": len(texts),

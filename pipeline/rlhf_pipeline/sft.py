@@ -63,10 +63,7 @@ def run(stage: Stage) -> dict[str, float]:
     tokens = sum(len(row) for row in rows)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     report = {
-        "held_out_loss_before": before.mean,
-        "held_out_loss_after": after.mean,
         "held_out_rows": len(held_out),
-        "held_out_tokens": before.tokens,
         "train_loss_first": losses[0],
         "train_loss_last": losses[-1],
         "loss_curve": losses,
@@ -77,13 +74,13 @@ def run(stage: Stage) -> dict[str, float]:
         "adapter_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "target_modules": sorted(config.target_modules),
     }
+    metrics = {"tokens": float(tokens)}
+    if before and after:
+        losses_held_out = {"held_out_loss_before": before.mean, "held_out_loss_after": after.mean}
+        report |= {**losses_held_out, "held_out_tokens": before.tokens}
+        metrics |= {**losses_held_out, "held_out_perplexity": math.exp(min(after.mean, 50.0))}
     (stage.output / "report.json").write_bytes(canonical_json(report))
-    return {
-        "held_out_loss_before": before.mean,
-        "held_out_loss_after": after.mean,
-        "held_out_perplexity": math.exp(min(after.mean, 50.0)),
-        "tokens": float(tokens),
-    }
+    return metrics
 
 
 def _trainer(stage: Stage, sft: SFT, lora: Lora, model: Any, tokenizer: Any, rows: list[list[int]]) -> Any:
@@ -128,11 +125,13 @@ class HeldOutLoss:
     tokens: int
 
 
-def held_out_loss(trainer: Any, rows: Sequence[Sequence[int]], pad: int) -> HeldOutLoss:
-    """The loss of the trainer's model on token ids, each token counting once. Memory: no (tokens, vocabulary) tensor.
+def held_out_loss(trainer: Any, rows: Sequence[Sequence[int]], pad: int) -> HeldOutLoss | None:
+    """The loss of the trainer's model on token ids, each token counting once; None without rows.
 
-    TRL gives the model a forward with a fused head, which returns log-probabilities in place of logits.
+    TRL gives the model a forward with a fused head, which returns log-probabilities and never holds all logits.
     """
+    if not rows:
+        return None
     model, size = trainer.model, max(1, 4096 // max(len(row) for row in rows))
     training = model.training
     model.eval()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rlhf_api.errors import TrainingError
+from rlhf_api.errors import TrainingError, UserError
 from rlhf_pipeline.stage_process import Interrupted, Stage
 
 
@@ -19,6 +19,8 @@ def training_order(rows: int, draws: int, seed: int) -> list[int]:
 
     The order depends on the seed alone, so a resumed run only has to skip what it has seen.
     """
+    if rows == 0:
+        raise UserError("data: train.parquet has no rows; give rows, or lower heldOut")
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     while len(order) < draws:
@@ -52,6 +54,8 @@ def encode(tokenizer: Any, texts: Sequence[str], length: int) -> list[list[int]]
 
     A cut text goes on, so an EOS there would teach the model to stop anywhere.
     """
+    if not texts:  # the tokenizer fails on none
+        return []
     eos = tokenizer.eos_token_id
     encoded = []
     for ids in tokenizer(list(texts), verbose=False)["input_ids"]:

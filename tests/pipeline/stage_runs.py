@@ -44,8 +44,8 @@ class StageRuns:
         """Commit train.parquet and heldout.parquet as an artifact."""
         folder = self.root / f"{kind}-{self._next()}"
         folder.mkdir(parents=True)
-        pq.write_table(pa.table(train), folder / "train.parquet")
-        pq.write_table(pa.table(held_out), folder / "heldout.parquet")
+        for name, table in (("train", train), ("heldout", held_out)):
+            pq.write_table(table if isinstance(table, pa.Table) else pa.table(table), folder / f"{name}.parquet")
         return self.put(kind, folder)
 
     def config(self, program: Program, inputs: dict[str, ArtifactRef], **settings: Any) -> StageConfig:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from peft import PeftModel
@@ -12,7 +13,7 @@ from stage_runs import StageRuns
 from tiny import EOS, PAD, TEXTS, build_tiny_model, build_tokenizer
 from transformers import AutoModelForCausalLM
 
-from rlhf_api.errors import TrainingError
+from rlhf_api.errors import TrainingError, UserError
 from rlhf_api.run import SFT, Lora, Quantization
 from rlhf_api.stage import StageConfig
 from rlhf_pipeline.stage_process import Interrupted
@@ -173,6 +174,20 @@ def test_eos_ends_a_whole_text_and_never_a_cut_one(tmp_path: Path) -> None:
     assert encode(tokenizer, ["a dull movie"], 2) == [whole[:2]]
     assert encode(tokenizer, ["a dull movie<eos>"], 100) == [[*whole, EOS]]
     assert PAD not in encode(tokenizer, ["", "a dull movie"], 5)[0]
+
+
+def test_no_held_out_rows_leave_their_figures_out(runs: StageRuns) -> None:
+    config = sft_config(runs, steps=1)
+    empty = pa.table({"text": pa.array([], pa.string())})
+    data = runs.put_tables("sft-data", {"text": TEXTS}, empty)
+    inputs = config.inputs | {"data": data}
+    manifest = runs.run(config.model_copy(update={"inputs": inputs}))
+    assert set(manifest.metadata["metrics"]) == {"tokens"}
+
+
+def test_no_training_rows_are_an_error() -> None:
+    with pytest.raises(UserError, match=r"train.parquet has no rows"):
+        training_order(0, 4, seed=0)
 
 
 def test_training_order_goes_through_all_rows_before_it_repeats() -> None:
