@@ -1,5 +1,6 @@
 """A file of 1 GiB passes through in bounded memory: measured as the peak of a process of its own."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,8 +37,11 @@ def test_a_large_file_passes_in_bounded_memory(store: StoreConfig, tmp_path: Pat
         file.truncate(SIZE)  # a hole: the disk is not what is measured
     for way in ("up", "down"):
         ran = subprocess.run(
-            [sys.executable, "-c", TRANSFER, store.model_dump_json(), tmp_path, way], capture_output=True, text=True
+            [sys.executable, "-c", TRANSFER, store.model_dump_json(), tmp_path, way],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert ran.returncode == 0, ran.stderr
         assert int(ran.stdout) < BOUND, f"{way}: {int(ran.stdout) >> 20} MiB over the baseline"
-        print(way, int(ran.stdout) >> 20, "MiB")
+    shutil.rmtree(tmp_path)  # gigabytes: not to be kept until the next run
