@@ -13,6 +13,8 @@ from rlhf_api.names import API_VERSION, KIND
 from rlhf_api.rules import problems
 from rlhf_api.run import RLHFRun
 
+BRANCHES = ("str", "int", "bool", "float")  # how pydantic names the parts of a union in an error's location
+
 
 def parse_run(document: Any) -> RLHFRun:
     """The run that a YAML or JSON document describes. Raises UserError with one line for each problem.
@@ -30,10 +32,24 @@ def parse_run(document: Any) -> RLHFRun:
     try:
         run = RLHFRun.model_validate(document, strict=True)
     except ValidationError as error:
-        raise UserError("\n".join(dict.fromkeys(_line(detail) for detail in error.errors()))) from None
+        raise UserError("\n".join(_lines(error.errors()))) from None
     if lines := [str(problem) for problem in problems(run.spec)]:
         raise UserError("\n".join(lines))
     return run
+
+
+def _lines(details: Iterable[Any]) -> list[str]:
+    """One line a field: the branches of a union complain one by one, and are told as one."""
+    lines: dict[str, str] = {}
+    for detail in details:
+        branch = detail["loc"][-1] if detail["loc"] else ""
+        if branch in BRANCHES or str(branch).startswith(("list[", "literal[")):
+            detail = {**detail, "loc": detail["loc"][:-1]}
+            field, line = _path(detail["loc"]), _line(detail)
+            lines[field] = f"{lines[field]} or {line.rsplit(': ', 1)[-1]}" if field in lines else line
+        else:
+            lines[_path(detail["loc"])] = _line(detail)
+    return list(lines.values())
 
 
 def _line(detail: Any) -> str:

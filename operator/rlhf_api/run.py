@@ -356,6 +356,9 @@ class RunStatus(Section):
     """What the operator, or the local runner, has seen and decided."""
 
     phase: Phase = "Pending"
+    stage: str | None = Field(None, description="The stage that runs, or is next.")
+    progress: str | None = Field(None, description="Of that stage: step/total.")
+    reward: float | None = Field(None, description="The last figure of the reward in ppo.")
     observed_generation: int | None = None
     conditions: list[Condition] = Field(default_factory=list)
     stages: list[StageStatus] = Field(default_factory=list)

@@ -18,6 +18,7 @@ from rlhf_operator.stages import Fingerprints, Link, chain
 MAX_ATTEMPTS: Final[Mapping[FailureClass, int]] = {"infrastructure": 5, "outOfMemory": 2}
 BACKOFF_SECONDS: Final = 5.0  # doubled with each failure of the same class
 MAX_BACKOFF_SECONDS: Final = 300.0
+UNFINISHED: Final = ("Running", "Failed", "Suspended", "Waiting")
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,15 @@ def plan(run: RLHFRun, observed: Observed, now: float) -> Plan:
 
     stages = [_stage_status(view, observed, run.spec.suspend, failures.get(view.link.name)) for view in views]
     phase = _phase(run.spec.suspend, stages, bool(failures))
-    status = RunStatus(phase=phase, conditions=_conditions(phase, stages, failures, None), stages=stages)
+    current = next((stage for stage in stages if stage.state in UNFINISHED), None)
+    status = RunStatus(
+        phase=phase,
+        stage=current.name if current else None,
+        progress=current.progress if current else None,
+        reward=next((stage.metrics.get("reward") for stage in stages if stage.name == "ppo"), None),
+        conditions=_conditions(phase, stages, failures, None),
+        stages=stages,
+    )
     waiting = [time for time in retry_at.values() if time > now and not halted]
     return Plan(tuple(actions), _run_status(run, observed, status, now), min(waiting, default=None))
 
