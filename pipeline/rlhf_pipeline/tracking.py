@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -98,15 +99,20 @@ class _TensorBoard:
 class _WandB:
     def __init__(self, config: StageConfig, logs: Path) -> None:
         wandb = _import("wandb", "tracking.wandbProject")
-        self._run = wandb.init(
-            project=config.tracking.wandb_project,
-            name=f"{config.run.name}/{config.stage}",
-            group=config.run.name,
-            id=f"{config.stage}-{config.output.digest[:24]}",  # a restarted stage continues its curve
-            resume="allow",
-            dir=logs.parent.parent,
-            config=config.settings.model_dump(mode="json", by_alias=True, exclude_none=True),
-        )
+        try:
+            self._run = wandb.init(
+                project=config.tracking.wandb_project,
+                name=f"{config.run.name}/{config.stage}",
+                group=config.run.name,
+                id=f"{config.stage}-{config.output.digest[:24]}",  # a restarted stage continues its curve
+                resume="allow",
+                dir=logs.parent.parent,
+                config=config.settings.model_dump(mode="json", by_alias=True, exclude_none=True),
+            )
+        except wandb.errors.Error as error:
+            raise UserError(
+                f"tracking.wandbProject: Weights & Biases refused ({error}); set WANDB_API_KEY, or remove the field"
+            ) from error
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
@@ -119,13 +125,20 @@ class _WandB:
 
 
 class _MLflow:
-    """A tracking server that goes away costs its curve, not the training."""
+    """A tracking server that goes away during training costs its curve, not the training."""
 
     def __init__(self, config: StageConfig) -> None:
         self._mlflow = _import("mlflow", "tracking.mlflowUri")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # its default waits for minutes
         self._mlflow.set_tracking_uri(config.tracking.mlflow_uri)
-        self._mlflow.set_experiment(config.run.name)
-        self._mlflow.start_run(run_name=config.stage)
+        try:
+            self._mlflow.set_experiment(config.run.name)
+            self._mlflow.start_run(run_name=config.stage)
+        except self._mlflow.exceptions.MlflowException as error:
+            raise UserError(
+                f"tracking.mlflowUri: no MLflow at {config.tracking.mlflow_uri} ({str(error).splitlines()[0][:200]}); "
+                "correct the field or remove it"
+            ) from error
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         try:
