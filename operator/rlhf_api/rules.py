@@ -7,6 +7,7 @@ spec; in CEL, `self` is the spec with its defaults filled in.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from rlhf_api.budget import ModelShape
 from rlhf_api.run import Data, PreferenceData, RunSpec
 
 
@@ -36,6 +37,27 @@ class Problem:
 def problems(spec: RunSpec) -> list[Problem]:
     """Every rule that `spec` breaks, in the order of the list."""
     return [Problem(rule.path, rule.value(spec), rule.message) for rule in RULES if not rule.holds(spec)]
+
+
+def misfits(spec: RunSpec, shape: ModelShape) -> list[Problem]:
+    """What of `spec` the imported model cannot do."""
+    found = []
+    if spec.lora.layers != "all" and int(spec.lora.layers.removeprefix("top:")) > shape.layers:
+        found.append(
+            Problem("lora.layers", spec.lora.layers, f"the model has {shape.layers} layers; use at most those")
+        )
+    lengths = {
+        "sft.sequenceLength": spec.sft.sequence_length,
+        "reward.sequenceLength": spec.reward.sequence_length,
+        "ppo.responseTokens": spec.ppo.prompt_tokens + spec.ppo.response_tokens,
+    }
+    for path, tokens in lengths.items():
+        if tokens > shape.positions:
+            what = "with ppo.promptTokens it makes " if path.startswith("ppo") else ""
+            found.append(
+                Problem(path, tokens, f"{what}more tokens than the model's {shape.positions} positions; lower it")
+            )
+    return found
 
 
 def _divides(section: str, part: str, whole: str) -> Rule:

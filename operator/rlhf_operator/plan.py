@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Final
 
+from rlhf_api.budget import ModelShape
 from rlhf_api.errors import RETRIED, FailureClass
 from rlhf_api.names import EXIT_INTERRUPTED
+from rlhf_api.rules import misfits, problems
 from rlhf_api.run import Condition, Phase, RLHFRun, RunStatus, StageState, StageStatus
 from rlhf_api.stage import Progress, StageFailure, StageResult
 from rlhf_operator.stages import Fingerprints, Link, chain
@@ -116,11 +118,13 @@ def plan(run: RLHFRun, observed: Observed, now: float) -> Plan:
     """The next actions and the status of `run`. Equal arguments give equal plans.
 
     A stage starts when its output is needed and missing, its inputs are committed and it is not running; stages that
-    need a GPU run one at a time. A failure that no retry can mend, or one retry too many, stops the others.
+    need a GPU run one at a time. A failure that no retry can mend, or one retry too many, stops the others; a spec
+    that breaks a rule starts nothing.
     """
     views = _views(run, observed)
     failures = {view.link.name: failure for view in views if (failure := _final_failure(view))}
-    halted = bool(failures) or run.spec.suspend
+    invalid = "; ".join(map(str, problems(run.spec))) or None
+    halted = bool(failures or invalid) or run.spec.suspend
     retry_at = {view.link.name: time for view in views if view.pending and (time := _retry_at(view)) is not None}
 
     actions: list[Start | Stop] = []
@@ -132,14 +136,14 @@ def plan(run: RLHFRun, observed: Observed, now: float) -> Plan:
         actions += [Start(view.link, _next_number(view)) for view in _one_gpu_stage(startable, views)]
 
     stages = [_stage_status(view, observed, run.spec.suspend, failures.get(view.link.name)) for view in views]
-    phase = _phase(run.spec.suspend, stages, bool(failures))
+    phase = _phase(run.spec.suspend, stages, bool(failures) or invalid is not None)
     current = next((stage for stage in stages if stage.state in UNFINISHED), None)
     status = RunStatus(
         phase=phase,
         stage=current.name if current else None,
         progress=current.progress if current else None,
         reward=next((stage.metrics.get("reward") for stage in stages if stage.name == "ppo"), None),
-        conditions=_conditions(phase, stages, failures, None),
+        conditions=_conditions(phase, stages, failures, invalid),
         stages=stages,
     )
     waiting = [time for time in retry_at.values() if time > now and not halted]
@@ -164,6 +168,15 @@ def _views(run: RLHFRun, observed: Observed) -> list[_View]:
             )
         )
     return views
+
+
+def _invalid(run: RLHFRun, views: Sequence[_View], observed: Observed) -> str | None:
+    """What the imported model cannot do of what the run asks, one line each; None while it is not known or all is well."""
+    if not any(view.pending for view in views):
+        return None  # what exists already was possible
+    figures = next((observed.artifacts.get(str(v.link.output), {}) for v in views if v.link.name == "import-model"), {})
+    shape = ModelShape.from_figures(figures)
+    return "\n".join(str(problem) for problem in misfits(run.spec, shape)) or None if shape else None
 
 
 def _needed(links: Sequence[Link], artifacts: Iterable[str]) -> set[str]:
@@ -304,8 +317,9 @@ def _conditions(
     """The conditions that hold in this phase, without their times."""
     now_running = ", ".join(stage.name for stage in stages if stage.state == "Running")
     name, failure = next(iter(failures.items()), ("", None))
-    why = f"{name}: {failure.message}" if failure else ""
-    reason = failure.failure[:1].upper() + failure.failure[1:] if failure else "None"
+    why, reason = invalid or "", "User" if invalid else "None"
+    if failure:
+        why, reason = f"{name}: {failure.message}", failure.failure[:1].upper() + failure.failure[1:]
 
     def condition(kind: str, holds: bool, reason: str, message: str = "") -> Condition:
         return Condition(type=kind, status="True" if holds else "False", reason=reason, message=message)
@@ -314,7 +328,7 @@ def _conditions(
         condition("Valid", invalid is None, "Checked" if invalid is None else "Rejected", invalid or ""),
         condition("Progressing", phase in ("Pending", "Running"), phase, now_running),
         condition("Succeeded", phase == "Succeeded", phase),
-        condition("Failed", phase == "Failed", reason if failure else "None" if invalid is None else "User", why),
+        condition("Failed", phase == "Failed", reason, why),
         condition("Suspended", phase == "Suspended", phase),
     ]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_api.budget import GIB, Budget, ModelShape, budget
 from rlhf_operator.display import console
 from rlhf_operator.fingerprints import fingerprints
 from rlhf_operator.load import load_run
@@ -51,8 +52,15 @@ def plan_file(file: Path, store_url: str | None, endpoint: str | None, as_json: 
         }
         for stage, link in zip(status.stages, links, strict=True)
     ]
+    shape = ModelShape.from_figures(observed.artifacts.get(str(links[0].output), {}))
+    memory = budget(shape, run.spec) if shape else None
     if as_json:
-        print(json.dumps({"name": run.metadata.name, "store": store.url, "stages": rows}))
+        phases = (
+            [{"stage": phase.stage, "phase": phase.name, "bytes": phase.terms} for phase in memory.phases]
+            if memory
+            else None
+        )
+        print(json.dumps({"name": run.metadata.name, "store": store.url, "stages": rows, "memory": phases}))
         return
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for heading in ("stage", "action", "on", "artifact"):
@@ -66,3 +74,26 @@ def plan_file(file: Path, store_url: str | None, endpoint: str | None, as_json: 
     screen = console()
     screen.print(table)
     screen.print(f"Store: {store.url}", style="dim", highlight=False, soft_wrap=True)
+    if memory is None:
+        screen.print("Memory: known once the model is imported.", style="dim")
+    else:
+        screen.print(memory_table(memory))
+        verdict = "fits" if memory.fits else "DOES NOT FIT"
+        peak, limit = memory.peak.total / GIB, memory.available / GIB
+        screen.print(
+            f"Peak {peak:.1f} GiB of {limit:.1f} GiB in {memory.peak.stage} {memory.peak.name}: {verdict} (an estimate)"
+        )
+
+
+def memory_table(memory: Budget) -> Table:
+    """GiB of each term in each phase that uses the GPU."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("GPU memory, GiB")
+    for phase in memory.phases:
+        table.add_column(f"{phase.stage} {phase.name}", justify="right")
+    terms = dict.fromkeys(term for phase in memory.phases for term in phase.terms)
+    for term in terms:
+        cells = [f"{phase.terms[term] / GIB:.2f}" if term in phase.terms else "" for phase in memory.phases]
+        table.add_row(term, *cells)
+    table.add_row("total", *(f"{phase.total / GIB:.2f}" for phase in memory.phases), style="bold")
+    return table

@@ -1,11 +1,13 @@
 """Brings the model and the tables of a run into the store, checked, so that later stages need no internet."""
 
+import json
 import shutil
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from rlhf_api.budget import shape_of
 from rlhf_api.canonical import canonical_json
 from rlhf_api.errors import UserError
 from rlhf_api.run import Model
@@ -59,7 +61,9 @@ def import_model(stage: Stage) -> dict[str, float]:
         "tokenizer": facts,
     }
     (stage.output / "report.json").write_bytes(canonical_json(report))
-    return {"parameters": float(weights.parameters), "bytes": float(weights.bytes)}
+    # The shape travels with the figures: the plan checks settings against it before anything trains.
+    shape = shape_of(json.loads((stage.output / "config.json").read_bytes()))
+    return {"parameters": float(weights.parameters), "bytes": float(weights.bytes)} | shape.figures()
 
 
 class Weights:
