@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from minio import Minio
+
 
 from rlhf_api.names import ENV_ACCESS_KEY, ENV_SECRET_KEY
 from rlhf_api.stage import StoreConfig
@@ -66,6 +66,8 @@ def s3_store(minio_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> StoreConfi
     monkeypatch.setenv(ENV_ACCESS_KEY, USER)
     monkeypatch.setenv(ENV_SECRET_KEY, PASSWORD)
     bucket = f"test-{uuid.uuid4().hex[:16]}"
+    from minio import Minio
+
     Minio(minio_endpoint.removeprefix("http://"), USER, PASSWORD, secure=False).make_bucket(bucket)
     return StoreConfig(url=f"s3://{bucket}/team/runs", endpoint=minio_endpoint)
 
