@@ -153,7 +153,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-_REMEDY = "remove it with `rlhf artifacts gc` and run its stage again"
+_REMEDY = "delete the artifact's folder from the store and run its stage again"
 
 
 def _check(name: str, path: str, entry: FileEntry, size: int, sha256: str) -> None:
