@@ -163,9 +163,13 @@ def _trained(stage: Stage, reward: Reward) -> dict[str, float]:
 def _pairs(tokenizer: Any, path: Path, rows: Sequence[int] | slice, length: int) -> list[Pair]:
     from rlhf_pipeline.training import encode, read_columns
 
+    # Scores are read at the last token of the text proper. With EOS on some texts and not on those that are cut, the
+    # head would learn the difference between the two kinds of ending before anything else.
     columns = read_columns(path, ["prompt", "chosen", "rejected"], rows)
     both = [
-        encode(tokenizer, [p + text for p, text in zip(columns["prompt"], columns[side], strict=True)], length)
+        encode(
+            tokenizer, [p + text for p, text in zip(columns["prompt"], columns[side], strict=True)], length, end=False
+        )
         for side in ("chosen", "rejected")
     ]
     return list(zip(*both, strict=True))
@@ -204,7 +208,7 @@ def _normalisation_texts(
         texts = read_columns(path, ["text"], slice(NORMALISATION_TEXTS))["text"]
     if not texts:
         return [text for pair in held_out for text in pair], "texts of held-out pairs"
-    return encode(tokenizer, texts, length), "held-out SFT texts"
+    return encode(tokenizer, texts, length, end=False), "held-out SFT texts"
 
 
 def _compare(

@@ -149,10 +149,14 @@ class Roles:
         """The critic's value at every position: (batch, sequence), float32."""
         return self.scalar("critic", self.hidden("critic", trunk))
 
-    def scores(self, trunk: Trunk) -> Tensor:
-        """The reward adapter's score of each sequence, taken at its last real token: (batch,), float32."""
+    def scores(self, trunk: Trunk, eos: int | None = None) -> Tensor:
+        """The reward adapter's score of each sequence, taken at its last real token: (batch,), float32.
+
+        eos: a token to pass over, as the reward stage does: it reads at the end of the text proper.
+        """
         hidden = self.hidden("reward", trunk)
-        last = trunk.mask.shape[1] - 1 - trunk.mask.long().flip(-1).argmax(-1)
+        real = trunk.mask if eos is None else trunk.mask & (trunk.ids != eos)
+        last = real.shape[1] - 1 - real.long().flip(-1).argmax(-1)
         return self.scalar("reward", hidden[torch.arange(len(last), device=last.device), last])
 
     # ---- adapters -----------------------------------------------------------------------------------------------

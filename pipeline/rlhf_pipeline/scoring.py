@@ -20,7 +20,7 @@ def load_score(folder: Path, roles: Roles, tokenizer: Any, micro_batch_size: int
     text_reward = load_reward(folder, roles.device)
     if text_reward is None:
         roles.add_reward(folder)
-        return _of_adapter(roles, micro_batch_size), RewardCard.load(folder)
+        return _of_adapter(roles, tokenizer.eos_token_id, micro_batch_size), RewardCard.load(folder)
     return _of_texts(text_reward, tokenizer), RewardCard.load(folder)
 
 
@@ -41,11 +41,11 @@ def texts_of(tokenizer: Any, responses: Responses) -> tuple[list[str], list[str]
     return prompts, answers
 
 
-def _of_adapter(roles: Roles, micro_batch_size: int) -> Score:
+def _of_adapter(roles: Roles, eos: int, micro_batch_size: int) -> Score:
     def score(trunk: Trunk, responses: Responses) -> Tensor:
         with torch.no_grad():
             parts = micro_batches(len(responses.ids), micro_batch_size)
-            return torch.cat([roles.scores(trunk.rows(part)) for part in parts])
+            return torch.cat([roles.scores(trunk.rows(part), eos) for part in parts])
 
     return score
 

@@ -49,8 +49,8 @@ def row_count(path: Path) -> int:
     return int(pq.read_metadata(path).num_rows)
 
 
-def encode(tokenizer: Any, texts: Sequence[str], length: int) -> list[list[int]]:
-    """Token ids of each text, at most `length`. EOS ends a text that fits whole; a text that is cut has none.
+def encode(tokenizer: Any, texts: Sequence[str], length: int, *, end: bool = True) -> list[list[int]]:
+    """Token ids of each text, at most `length`. end: EOS ends a text that fits whole; a text that is cut has none.
 
     A cut text goes on, so an EOS there would teach the model to stop anywhere.
     """
@@ -59,8 +59,8 @@ def encode(tokenizer: Any, texts: Sequence[str], length: int) -> list[list[int]]
     eos = tokenizer.eos_token_id
     encoded = []
     for ids in tokenizer(list(texts), verbose=False)["input_ids"]:
-        whole = ids if ids and ids[-1] == eos else [*ids, eos]
-        encoded.append(whole[:length])
+        bare = ids[:-1] if ids and ids[-1] == eos else ids
+        encoded.append([*bare, eos][:length] if end or not bare else bare[:length])
     return encoded
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from stage_runs import StageRuns
-from tiny import EOS, PAD, TEXTS, build_tiny_model, build_tokenizer, tiny_config
+from tiny import PAD, TEXTS, build_tiny_model, build_tokenizer, tiny_config
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_api.errors import GateError, UserError
@@ -61,7 +61,7 @@ def test_trained_reward_prefers_the_chosen_texts_and_is_normalised(runs: StageRu
     roles = Roles(load_base(runs.root / "model", Quantization(type="none"), CPU), LORA)
     roles.add_reward(folder)
     tokenizer = build_tokenizer(runs.root / "tokenizer")
-    rows = [[*tokenizer(text)["input_ids"], EOS][:24] for text in TEXTS]
+    rows = [tokenizer(text)["input_ids"][:24] for text in TEXTS]
     ids = torch.tensor([[PAD] * (24 - len(row)) + row for row in rows])
     with torch.no_grad():
         scores = (roles.scores(roles.trunk(ids, ids != PAD)) - card.mean) / card.std

@@ -58,6 +58,18 @@ def test_saved_adapter_scores_alike_on_the_causal_model(tmp_path: Path, family: 
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_eos_at_the_end_of_a_response_leaves_its_score_alone(tmp_path: Path) -> None:
+    folder, lora = build_tiny_model(tmp_path / "model"), Lora(rank=4, layers="top:1")
+    save_reward_adapter(trained(folder, lora), tmp_path)
+    roles = Roles(load_base(folder, PLAIN, CPU), lora)
+    roles.add_reward(tmp_path)
+    bare = [[5, 9, 200], [300, 11, 8]]
+    with torch.no_grad():
+        plain = roles.scores(roles.trunk(*left_padded(bare)), eos=EOS)
+        ended = roles.scores(roles.trunk(*left_padded([bare[0], [*bare[1], EOS]])), eos=EOS)
+    torch.testing.assert_close(ended, plain, atol=1e-5, rtol=1e-5)
+
+
 def test_saved_adapter_scores_alike_on_the_classifier(tmp_path: Path) -> None:
     folder, lora = build_tiny_model(tmp_path / "model"), Lora(rank=4)
     model = trained(folder, lora)

@@ -173,6 +173,7 @@ def test_eos_ends_a_whole_text_and_never_a_cut_one(tmp_path: Path) -> None:
     assert encode(tokenizer, ["a dull movie"], len(whole)) == [whole]
     assert encode(tokenizer, ["a dull movie"], 2) == [whole[:2]]
     assert encode(tokenizer, ["a dull movie<eos>"], 100) == [[*whole, EOS]]
+    assert encode(tokenizer, ["a dull movie<eos>"], 100, end=False) == [whole]
     assert PAD not in encode(tokenizer, ["", "a dull movie"], 5)[0]
 
 
