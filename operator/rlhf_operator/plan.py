@@ -123,7 +123,7 @@ def plan(run: RLHFRun, observed: Observed, now: float) -> Plan:
     """
     views = _views(run, observed)
     failures = {view.link.name: failure for view in views if (failure := _final_failure(view))}
-    invalid = "; ".join(map(str, problems(run.spec))) or None
+    invalid = _invalid(run, views, observed)
     halted = bool(failures or invalid) or run.spec.suspend
     retry_at = {view.link.name: time for view in views if view.pending and (time := _retry_at(view)) is not None}
 
@@ -171,12 +171,13 @@ def _views(run: RLHFRun, observed: Observed) -> list[_View]:
 
 
 def _invalid(run: RLHFRun, views: Sequence[_View], observed: Observed) -> str | None:
-    """What the imported model cannot do of what the run asks, one line each; None while it is not known or all is well."""
-    if not any(view.pending for view in views):
-        return None  # what exists already was possible
-    figures = next((observed.artifacts.get(str(v.link.output), {}) for v in views if v.link.name == "import-model"), {})
-    shape = ModelShape.from_figures(figures)
-    return "\n".join(str(problem) for problem in misfits(run.spec, shape)) or None if shape else None
+    """The rules that the spec breaks and what the imported model cannot do of it, one line each; None if sound."""
+    found = problems(run.spec)
+    model = next(view.link.output for view in views if view.link.name == "import-model")
+    shape = ModelShape.from_figures(observed.artifacts.get(str(model), {}))
+    if shape and any(view.pending for view in views):  # what exists already was possible
+        found += misfits(run.spec, shape)
+    return "\n".join(map(str, found)) or None
 
 
 def _needed(links: Sequence[Link], artifacts: Iterable[str]) -> set[str]:

@@ -8,6 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_api.budget import GIB, Budget, ModelShape, budget
+from rlhf_api.errors import UserError
+from rlhf_api.names import EXIT_USER
 from rlhf_operator.display import console
 from rlhf_operator.fingerprints import fingerprints
 from rlhf_operator.load import load_run
@@ -22,9 +24,18 @@ STYLES = {"reuse": "green", "skip": "dim", "run": "bold cyan"}
 
 
 def validate_file(file: Path, as_json: bool) -> int:
-    """Print that the file is right; returns 0. Raises UserError, naming each field, if it is not."""
-    run = load_run(file)
-    fingerprints(run, home().fingerprint_cache)
+    """Print that the file is right and return 0. Raises UserError, naming each field, if it is not.
+
+    With `as_json` the problems are printed as well and the exit code for wrong input is returned.
+    """
+    try:
+        run = load_run(file)
+        fingerprints(run, home().fingerprint_cache)
+    except UserError as error:
+        if not as_json:
+            raise
+        print(json.dumps({"valid": False, "problems": str(error).splitlines()}))
+        return EXIT_USER
     stages = [link.name for link in chain(run, {}) if link.skipped is None]
     if as_json:
         print(json.dumps({"valid": True, "name": run.metadata.name, "stages": stages}))

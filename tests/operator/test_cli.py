@@ -85,6 +85,24 @@ def test_validate_lists_the_stages(bench: "Bench", capsys: pytest.CaptureFixture
     assert json.loads(capsys.readouterr().out) == {"valid": True, "name": "tiny", "stages": SHORT}
 
 
+def test_validate_prints_every_problem_as_json(bench: "Bench", capsys: pytest.CaptureFixture[str]) -> None:
+    file = bench.write(ppo={"batchSize": 8, "microBatchSize": 3}, gpu={"count": 2})
+    assert validate_file(file, as_json=True) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert not found["valid"]
+    assert [line.split(":")[0] for line in found["problems"] if line.startswith("spec.")] == [
+        "spec.ppo.microBatchSize",
+        "spec.gpu.count",
+    ]
+
+
+def test_an_unknown_field_is_named_with_a_suggestion(bench: "Bench") -> None:
+    done = rlhf("validate", str(bench.write(ppo={"epoch": 2})))
+    assert done.returncode == 2
+    assert "spec.ppo.epoch: unknown field; did you mean epochs?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_validate_names_the_field_of_a_source_that_is_missing(bench: "Bench") -> None:
     (bench.folder / "reviews.csv").unlink()
     with pytest.raises(UserError, match=r"spec\.data\.prompts\.source: file:.*reviews\.csv does not exist"):

@@ -3,6 +3,7 @@
 import itertools
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -198,7 +199,8 @@ def test_two_runs_of_equal_settings_share_their_artifacts(bench: "Bench") -> Non
 
 def test_training_has_the_machine_to_itself(bench: "Bench") -> None:
     bench.have("import-model")
-    bench.run()
+    bench.misbehave(import_prompts=["infrastructure"])  # its retry is due while reward runs
+    assert bench.run(clock=lambda: time.time() * 30).phase == "Succeeded"
     spans = {}
     for name in SHORT[1:]:
         made = bench.home.run_folder("tiny").attempts(name)[-1]

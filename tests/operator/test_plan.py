@@ -251,6 +251,34 @@ def test_a_condition_keeps_its_time_until_it_changes() -> None:
     assert all(condition.observed_generation == 3 for condition in later.conditions)
 
 
+def test_a_spec_that_breaks_a_rule_starts_nothing_and_says_which() -> None:
+    run = resource(ppo={"batchSize": 8, "microBatchSize": 3})
+    decided = plan(run, Observed(attempts={"import-model": [attempt("import-model")]}), NOW)
+    assert (decided.actions, decided.status.phase) == ((Stop("import-model", 1),), "Running")
+    decided = plan(run, Observed(), NOW)
+    assert (decided.actions, decided.status.phase) == ((), "Failed")
+    assert holds(decided.status) == {"Failed"}
+    valid = next(condition for condition in decided.status.conditions if condition.type == "Valid")
+    assert "spec.ppo.microBatchSize: 3" in valid.message
+
+
+SHAPE: dict[str, float] = {
+    "hidden": 64, "layers": 4, "heads": 4, "kv_heads": 4, "head_size": 16, "intermediate": 128, "mlp_matrices": 3,
+    "vocabulary": 100, "positions": 1024, "tied": 0,
+}  # fmt: skip
+
+
+def test_what_the_imported_model_cannot_do_ends_the_run_before_anything_is_trained() -> None:
+    run = resource(lora={"layers": "top:5"})
+    links = chain(run, {})
+    imported = {str(link.output): {} for link in links[1:5]}
+    decided = plan(run, Observed(artifacts=imported | {str(links[0].output): SHAPE}), NOW)
+    assert (decided.actions, decided.status.phase) == ((), "Failed")
+    failed_because = next(each for each in decided.status.conditions if each.type == "Failed")
+    assert (failed_because.reason, "has 4 layers" in failed_because.message) == ("User", True)
+    assert starts(plan(run, Observed(artifacts=imported | {str(links[0].output): SHAPE | {"layers": 5}}), NOW))
+
+
 attempts_of = st.lists(st.sampled_from(["running", "interrupted", "success", *FAILURES]), max_size=4)
 
 
