@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -44,18 +44,21 @@ def display(screen: Console) -> Iterator[Show]:
         return
     # No refresh thread: the runner draws, and starts processes, from one thread.
     with Live(console=screen, auto_refresh=False, vertical_overflow="visible") as live:
-        yield lambda status, observed: live.update(stage_table(status, observed, time.time()), refresh=True)
+        # The empty line takes the ^C that a terminal echoes, which would shift the table.
+        yield lambda status, observed: live.update(
+            Group(stage_table(status, observed, time.time()), Text()), refresh=True
+        )
 
 
 def stage_table(status: RunStatus, observed: Observed, now: float) -> Table:
     """One row a stage: mark, name, bar, steps, time, metrics or message."""
-    table = Table.grid(padding=(0, 1))
-    table.add_column(width=1)
+    table = Table.grid(padding=(0, 1), expand=True)
+    table.add_column(width=1, no_wrap=True)
     table.add_column(min_width=max(len(stage.name) for stage in status.stages), no_wrap=True)
     table.add_column(width=BAR_WIDTH, no_wrap=True)
     table.add_column(min_width=7, justify="right", no_wrap=True)
     table.add_column(min_width=8, justify="right", no_wrap=True)
-    table.add_column(overflow="ellipsis", no_wrap=True)
+    table.add_column(ratio=1, overflow="ellipsis", no_wrap=True)
     for stage in status.stages:
         mark, style = MARKS[stage.state]
         progress = _progress(stage, observed)
