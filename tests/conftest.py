@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-
 from rlhf_api.names import ENV_ACCESS_KEY, ENV_SECRET_KEY
 from rlhf_api.stage import StoreConfig
 

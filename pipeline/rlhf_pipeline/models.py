@@ -11,7 +11,6 @@ from rlhf_api.errors import UserError
 from rlhf_api.quantity import bytes_of
 from rlhf_api.run import GPU, Lora, Quantization
 
-
 CUDA_CONTEXT_BYTES = 2**30  # what the driver and CUDA take of a card before PyTorch gets any
 
 

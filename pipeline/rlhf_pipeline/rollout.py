@@ -96,6 +96,8 @@ class _Decoder:
             self.cache = DynamicCache(config=config)
         else:
             self.cache = StaticCache(config=config, max_cache_len=total)
+        # bitsandbytes' int8 product asks the device for outliers on each call, which a graph cannot hold.
+        self.capturable = ids.is_cuda and not self.windowed and not getattr(model, "is_loaded_in_8bit", False)
         self.additive = config._attn_implementation != "sdpa"
         self.real = torch.zeros(batch, total, dtype=torch.bool, device=device)  # cache slots that may be attended to
         self.real[:, :prompt] = mask
@@ -111,7 +113,7 @@ class _Decoder:
         steps = self.sampling.response_tokens - 1
         cuda = self.ids.is_cuda
         step: Callable[[], None] = self._step
-        if cuda and not self.windowed and steps > 2 * WARMUP_STEPS:
+        if self.capturable and steps > 2 * WARMUP_STEPS:
             step = self._captured()
         for index in range(steps):
             if (not cuda or index % STOP_CHECK_STEPS == 0) and bool(self.finished.all()):

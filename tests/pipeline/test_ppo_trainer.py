@@ -68,7 +68,7 @@ def test_a_policy_that_is_not_the_reference_at_the_start_is_a_bug(tmp_path: Path
     trainer = trainer_of(tmp_path)
     for parameter in trainer.roles.parameters("policy"):
         parameter.data.normal_()
-    with pytest.raises(RLHFError, match="KL of policy to reference is .* and must be 0"):
+    with pytest.raises(RLHFError, match=r"KL of policy to reference is .* and must be 0"):
         trainer.step(*prompts())
 
 
@@ -132,7 +132,7 @@ def test_a_missing_eos_costs_the_penalty(tmp_path: Path) -> None:
 
 
 def test_the_critic_starts_as_the_scaled_reward_model(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, score=lambda trunk, responses: trainer.roles.scores(trunk), learning_rate=1e-9)
+    trainer = trainer_of(tmp_path, score=lambda trunk, _: trainer.roles.scores(trunk), learning_rate=1e-9)
     roles = trainer.roles
     roles._peft.add_adapter("reward", roles._peft.peft_config["policy"])
     roles.heads["reward"] = torch.nn.Linear(roles.width, 1)
