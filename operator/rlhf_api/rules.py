@@ -1,11 +1,12 @@
 """The rules that join fields: each one once, as a Python check and as the CEL expression that the CRD carries.
 
-A rule holds or it does not; its message names the field, the value and what would be right. Fields are those of the
-spec; in CEL, `self` is the spec with its defaults filled in.
+A rule holds or it does not. Python then says which value breaks it and which would not; the CRD says a fixed message.
+In CEL, `self` is the spec with its defaults filled in, and a field named as a CEL keyword is written `__function__`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Final
 
 from rlhf_api.budget import ModelShape
 from rlhf_api.run import Data, PreferenceData, RunSpec
@@ -13,13 +14,13 @@ from rlhf_api.run import Data, PreferenceData, RunSpec
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule. `message` is fixed text for the CRD; `detail` adds the values where Python can."""
+    """One rule about the fields of a spec."""
 
     path: str  # of the field that a person would change, below spec
-    message: str
+    message: str  # for the CRD
     holds: Callable[[RunSpec], bool]
     cel: str
-    value: Callable[[RunSpec], object]
+    explain: Callable[[RunSpec], str]  # the value that breaks the rule, and the remedy
 
 
 @dataclass(frozen=True)
@@ -27,229 +28,363 @@ class Problem:
     """A rule that a spec breaks."""
 
     path: str
-    value: object
     message: str
 
     def __str__(self) -> str:
-        return f"spec.{self.path}: {self.value!r}: {self.message}"
+        return f"spec.{self.path}: {self.message}"
 
 
 def problems(spec: RunSpec) -> list[Problem]:
     """Every rule that `spec` breaks, in the order of the list."""
-    return [Problem(rule.path, rule.value(spec), rule.message) for rule in RULES if not rule.holds(spec)]
+    return [Problem(rule.path, rule.explain(spec)) for rule in RULES if not rule.holds(spec)]
 
 
 def misfits(spec: RunSpec, shape: ModelShape) -> list[Problem]:
     """What of `spec` the imported model cannot do."""
     found = []
     if spec.lora.layers != "all" and int(spec.lora.layers.removeprefix("top:")) > shape.layers:
+        layers = spec.lora.layers
         found.append(
-            Problem("lora.layers", spec.lora.layers, f"the model has {shape.layers} layers; use at most those")
+            Problem("lora.layers", f"{layers} is too many: the model has {shape.layers} layers; use all, or fewer")
         )
     lengths = {
-        "sft.sequenceLength": spec.sft.sequence_length,
-        "reward.sequenceLength": spec.reward.sequence_length,
-        "ppo.responseTokens": spec.ppo.prompt_tokens + spec.ppo.response_tokens,
+        "sft.sequenceLength": spec.sft.sequence_length if spec.data.sft else 0,
+        "reward.sequenceLength": spec.reward.sequence_length if _reward_is_trained(spec) else 0,
     }
     for path, tokens in lengths.items():
         if tokens > shape.positions:
-            what = "with ppo.promptTokens it makes " if path.startswith("ppo") else ""
             found.append(
-                Problem(path, tokens, f"{what}more tokens than the model's {shape.positions} positions; lower it")
+                Problem(path, f"{tokens} is too many: the model has {shape.positions} positions; use at most those")
             )
+    prompt, response = spec.ppo.prompt_tokens, spec.ppo.response_tokens
+    if prompt + response > shape.positions:
+        what = f"{response} with promptTokens {prompt} makes {prompt + response} tokens"
+        found.append(Problem("ppo.responseTokens", f"{what}; the model has {shape.positions} positions: lower either"))
     return found
+
+
+def _reward_is_trained(spec: RunSpec) -> bool:
+    return spec.reward.classifier is None and spec.reward.function is None
+
+
+# ---- numbers that must divide one another ---------------------------------------------------------------------------
 
 
 def _divides(section: str, part: str, whole: str) -> Rule:
     def values(spec: RunSpec) -> tuple[int | None, int]:
-        fields = getattr(spec, section)
-        by_alias = {field.alias: name for name, field in type(fields).model_fields.items()}
-        return getattr(fields, by_alias[part]), getattr(fields, by_alias[whole])
+        fields = getattr(spec, section).model_dump(by_alias=True)
+        return fields[part], fields[whole]
 
     def holds(spec: RunSpec) -> bool:
         small, large = values(spec)
         return small is None or large % small == 0
+
+    def explain(spec: RunSpec) -> str:
+        small, large = values(spec)
+        return f"{small} does not divide {whole} {large}; use {divisors(large)}"
 
     return Rule(
         f"{section}.{part}",
         f"must divide {section}.{whole}",
         holds,
         f"!has(self.{section}.{part}) || self.{section}.{whole} % self.{section}.{part} == 0",
-        lambda spec: values(spec)[0],
+        explain,
     )
 
 
-def _data_sets(spec: RunSpec) -> dict[str, Data | None]:
-    data = spec.data
-    return {
-        "sft": data.sft,
-        "preferences": data.preferences,
-        "prompts": data.prompts,
-        "evaluation": data.evaluation,
-    }
+def divisors(number: int) -> str:
+    """The divisors of `number` as a list to choose from: `1, 2, 4 or 8`; the largest eight where there are more."""
+    small = [part for part in range(1, int(number**0.5) + 1) if number % part == 0]
+    every = sorted({*small, *(number // part for part in small)})[-8:]
+    return f"{', '.join(map(str, every[:-1]))} or {every[-1]}" if len(every) > 1 else str(every[0])
 
 
-def _row_range(data: Data | None) -> tuple[int, int] | None:
-    if data is None or data.rows is None:
-        return None
-    first, last = data.rows.split(":")
-    return int(first.rstrip("%")), int(last.rstrip("%"))
+def _micro_batch(spec: RunSpec) -> str:
+    ppo = spec.ppo
+    name = "batchSize" if ppo.mini_batch_size is None else "miniBatchSize"
+    whole = ppo.mini_batch_size or ppo.batch_size
+    return f"{ppo.micro_batch_size} does not divide {name} {whole}; use {divisors(whole)}"
+
+
+# ---- the tables of data ---------------------------------------------------------------------------------------------
+
+TABLES: Final = ("sft", "preferences", "prompts", "evaluation")
+
+
+def _table(spec: RunSpec, name: str) -> Data | None:
+    tables: dict[str, Data | None] = {field: getattr(spec.data, field) for field in TABLES}
+    return tables[name]
+
+
+def _about_table(
+    name: str, field: str, message: str, holds: Callable[[Data], bool], cel: str, explain: Callable[[Data], str]
+) -> Rule:
+    """A rule about one table, for the case that it is there. In `cel`, {table} stands for it."""
+
+    def holds_if_given(spec: RunSpec) -> bool:
+        table = _table(spec, name)
+        return table is None or holds(table)
+
+    def explain_it(spec: RunSpec) -> str:
+        table = _table(spec, name)
+        return explain(table) if table else ""
+
+    expression = cel.replace("{table}", f"self.data.{name}")
+    required = name == "prompts"
+    return Rule(
+        f"data.{name}.{field}",
+        message,
+        holds_if_given,
+        expression if required else f"!has(self.data.{name}) || ({expression})",
+        explain_it,
+    )
+
+
+def _row_range(data: Data) -> tuple[int, int]:
+    first, last = (data.rows or "0%:100%").replace("%", "").split(":")
+    return int(first), int(last)
+
+
+def _in_order(bounds: tuple[int, int]) -> bool:
+    return bounds[0] < bounds[1] <= 100
 
 
 def _rows(name: str) -> Rule:
-    def holds(spec: RunSpec) -> bool:
-        bounds = _row_range(_data_sets(spec)[name])
-        return bounds is None or bounds[0] < bounds[1] <= 100
-
-    rows = f"self.data.{name}.rows"
-    absent = f"!has({rows})" if name == "prompts" else f"!has(self.data.{name}) || !has({rows})"
-    first, last = f"int({rows}.split('%')[0])", f"int({rows}.split(':')[1].split('%')[0])"
-    return Rule(
-        f"data.{name}.rows",
-        "must begin before it ends, and end at 100% at most",
-        holds,
-        f"{absent} || ({first} < {last} && {last} <= 100)",
-        lambda spec: getattr(_data_sets(spec)[name], "rows", None),
+    first, last = "int({table}.rows.split('%')[0])", "int({table}.rows.split(':')[1].split('%')[0])"
+    return _about_table(
+        name,
+        "rows",
+        "must begin before it ends and end at 100% at most, such as 0%:70%",
+        lambda data: _in_order(_row_range(data)),
+        f"!has({{table}}.rows) || ({first} < {last} && {last} <= 100)",
+        lambda data: f"{data.rows} is an empty or impossible range; begin before the end, and end at 100% at most",
     )
 
 
 def _held_out(name: str, purpose: str) -> Rule:
-    field = f"self.data.{name}.heldOut"
-    return Rule(
-        f"data.{name}.heldOut",
+    return _about_table(
+        name,
+        "heldOut",
         f"must be above 0 and below 1: {purpose}",
-        lambda spec: (data := _data_sets(spec)[name]) is None or 0 < data.held_out < 1,
-        f"({field} > 0.0 && {field} < 1.0)"
-        if name == "prompts"
-        else f"!has(self.data.{name}) || ({field} > 0.0 && {field} < 1.0)",
-        lambda spec: getattr(_data_sets(spec)[name], "held_out", None),
+        lambda data: 0 < data.held_out < 1,
+        "{table}.heldOut > 0.0 && {table}.heldOut < 1.0",
+        lambda data: f"{data.held_out:g} leaves one part empty; use a fraction above 0 and below 1: {purpose}",
     )
 
 
 def _table_source(name: str) -> Rule:
-    source = f"self.data.{name}.source"
-    right = f"(!{source}.startsWith('hf://') || {source}.startsWith('hf://datasets/'))"
-    return Rule(
-        f"data.{name}.source",
+    return _about_table(
+        name,
+        "source",
         "a hub data set is written hf://datasets/owner/name",
-        lambda spec: (
-            (data := _data_sets(spec)[name]) is None
-            or not data.source.startswith("hf://")
-            or data.source.startswith("hf://datasets/")
-        ),
-        right if name == "prompts" else f"!has(self.data.{name}) || {right}",
-        lambda spec: getattr(_data_sets(spec)[name], "source", None),
+        lambda data: not data.source.startswith("hf://") or data.source.startswith("hf://datasets/"),
+        "!{table}.source.startsWith('hf://') || {table}.source.startsWith('hf://datasets/')",
+        lambda data: f"{data.source} is no data set; write hf://datasets/{data.source.removeprefix('hf://')}",
     )
 
 
-def _preference_form(preferences: PreferenceData | None) -> bool:
-    if preferences is None:
-        return True
-    pairs = [preferences.chosen_column, preferences.rejected_column]
-    labelled = [preferences.text_column, preferences.label_column, preferences.chosen_label]
-    if any(part is not None for part in pairs):
-        return all(part is not None for part in pairs) and not any(part is not None for part in labelled)
-    return all(part is not None for part in labelled)
+def _table_revision(name: str) -> Rule:
+    return _about_table(
+        name,
+        "revision",
+        "is for hub data sets alone",
+        lambda data: data.revision is None or data.source.startswith("hf://"),
+        "!has({table}.revision) || {table}.source.startsWith('hf://')",
+        lambda data: f"{data.revision} is of no use with {data.source}; remove it, or read from hf://datasets/",
+    )
 
 
-def _columns(preferences: PreferenceData | None) -> object:
-    if preferences is None:
-        return None
-    names = ("chosenColumn", "rejectedColumn", "textColumn", "labelColumn", "chosenLabel")
-    given = preferences.model_dump(by_alias=True, exclude_none=True)
-    return [name for name in names if name in given]
+def _table_split(name: str) -> Rule:
+    return _about_table(
+        name,
+        "split",
+        "is for hub data sets alone",
+        lambda data: data.split == "train" or data.source.startswith("hf://"),
+        "{table}.split == 'train' || {table}.source.startsWith('hf://')",
+        lambda data: f"{data.split} is of no use with {data.source}; name the split's file as the source",
+    )
 
 
-_P = "self.data.preferences"
+PAIR = ("chosenColumn", "rejectedColumn")
+LABELLED = ("textColumn", "labelColumn", "chosenLabel")
 
-RULES: tuple[Rule, ...] = (
+
+def _given(preferences: PreferenceData | None) -> list[str]:
+    fields = preferences.model_dump(by_alias=True, exclude_none=True) if preferences else {}
+    return [name for name in PAIR + LABELLED if name in fields]
+
+
+def _preference_form(spec: RunSpec) -> bool:
+    return spec.data.preferences is None or tuple(_given(spec.data.preferences)) in (PAIR, LABELLED)
+
+
+def _explain_preferences(spec: RunSpec) -> str:
+    given = " and ".join(_given(spec.data.preferences)) or "no column"
+    return f"has {given}; give {' and '.join(PAIR)}, or {LABELLED[0]}, {LABELLED[1]} and {LABELLED[2]}"
+
+
+def _all_given(names: tuple[str, ...], others: tuple[str, ...]) -> str:
+    present = [f"has(self.data.preferences.{name})" for name in names]
+    absent = [f"!has(self.data.preferences.{name})" for name in others]
+    return " && ".join(present + absent)
+
+
+# ---- scorers --------------------------------------------------------------------------------------------------------
+
+
+def _explain_scorers(spec: RunSpec) -> str:
+    lines = [
+        f"{scorer.name} has {'both' if scorer.fitted else 'neither'}"
+        for scorer in spec.evaluate.scorers
+        if (scorer.function is None) != scorer.fitted
+    ]
+    return f"{', '.join(lines)}; give each either function or fitted: true"
+
+
+def _explain_names(spec: RunSpec) -> str:
+    names = [scorer.name for scorer in spec.evaluate.scorers]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    return f"{' and '.join(twice)} names more than one; give each another name"
+
+
+def _below(path: str, limit: str, value: Callable[[RunSpec], Any], most: Callable[[RunSpec], Any], given: str) -> Rule:
+    """`value`, where it is set, must be less than `most`. `given`: CEL that is true where it is set."""
+    name = limit.rpartition(".")[2]
+    test = f"self.{path} < self.{limit}"
+    return Rule(
+        path,
+        f"must be below {limit}",
+        lambda spec: (number := value(spec)) is None or number < most(spec),
+        f"!{given} || {test}" if given else test,
+        lambda spec: f"{value(spec):g} is not below {name} {most(spec):g}; lower it, or raise {name}",
+    )
+
+
+RULES: Final[tuple[Rule, ...]] = (
     _divides("sft", "microBatchSize", "batchSize"),
     _divides("reward", "microBatchSize", "batchSize"),
     _divides("ppo", "miniBatchSize", "batchSize"),
-    _divides("ppo", "rolloutBatchSize", "batchSize"),
     Rule(
         "ppo.microBatchSize",
         "must divide ppo.miniBatchSize, or ppo.batchSize where that is not set",
         lambda spec: (spec.ppo.mini_batch_size or spec.ppo.batch_size) % spec.ppo.micro_batch_size == 0,
         "(has(self.ppo.miniBatchSize) ? self.ppo.miniBatchSize : self.ppo.batchSize) % self.ppo.microBatchSize == 0",
-        lambda spec: spec.ppo.micro_batch_size,
+        _micro_batch,
     ),
-    Rule(
+    _divides("ppo", "rolloutBatchSize", "batchSize"),
+    _below("sft.warmupSteps", "sft.steps", lambda spec: spec.sft.warmup_steps, lambda spec: spec.sft.steps, ""),
+    _below(
         "ppo.maxKl",
-        "must be below ppo.abortKl",
-        lambda spec: spec.ppo.max_kl is None or spec.ppo.max_kl < spec.ppo.abort_kl,
-        "!has(self.ppo.maxKl) || self.ppo.maxKl < self.ppo.abortKl",
+        "ppo.abortKl",
         lambda spec: spec.ppo.max_kl,
+        lambda spec: spec.ppo.abort_kl,
+        "has(self.ppo.maxKl)",
+    ),
+    _below(
+        "ppo.adaptiveKl.target",
+        "ppo.abortKl",
+        lambda spec: spec.ppo.adaptive_kl and spec.ppo.adaptive_kl.target,
+        lambda spec: spec.ppo.abort_kl,
+        "has(self.ppo.adaptiveKl)",
     ),
     Rule(
-        "sft.warmupSteps",
-        "must be below sft.steps",
-        lambda spec: spec.sft.warmup_steps < spec.sft.steps,
-        "self.sft.warmupSteps < self.sft.steps",
-        lambda spec: spec.sft.warmup_steps,
+        "ppo.klCoefficient",
+        "must be above 0 with ppo.adaptiveKl, which multiplies it",
+        lambda spec: spec.ppo.adaptive_kl is None or spec.ppo.kl_coefficient > 0,
+        "!has(self.ppo.adaptiveKl) || self.ppo.klCoefficient > 0.0",
+        lambda spec: f"{spec.ppo.kl_coefficient:g} stays 0 under adaptiveKl, which multiplies it; start above 0",
     ),
     Rule(
         "reward",
-        "classifier and function exclude each other; remove one",
+        "classifier and function exclude each other",
         lambda spec: spec.reward.classifier is None or spec.reward.function is None,
-        "!(has(self.reward.classifier) && has(self.reward.function))",
-        lambda _: ["classifier", "function"],
+        "!(has(self.reward.classifier) && has(self.reward.__function__))",
+        lambda _: "has both classifier and function; keep one",
+    ),
+    Rule(
+        "reward.classifier.revision",
+        "is for hub models alone",
+        lambda spec: (
+            (classifier := spec.reward.classifier) is None
+            or classifier.revision is None
+            or classifier.source.startswith("hf://")
+        ),
+        "!has(self.reward.classifier) || !has(self.reward.classifier.revision)"
+        " || self.reward.classifier.source.startsWith('hf://')",
+        lambda spec: (
+            f"{spec.reward.classifier.revision} is of no use with {spec.reward.classifier.source}; remove it"
+            if spec.reward.classifier
+            else ""
+        ),
     ),
     Rule(
         "data.preferences",
         "is needed to train the reward; add it, or set reward.classifier or reward.function",
-        lambda spec: bool(spec.data.preferences or spec.reward.classifier or spec.reward.function),
-        f"has({_P}) || has(self.reward.classifier) || has(self.reward.function)",
-        lambda _: None,
+        lambda spec: spec.data.preferences is not None or not _reward_is_trained(spec),
+        "has(self.data.preferences) || has(self.reward.classifier) || has(self.reward.__function__)",
+        lambda _: "is missing and the reward is trained on it; add it, or set reward.classifier or reward.function",
     ),
     Rule(
         "data.preferences",
         "needs either chosenColumn and rejectedColumn, or textColumn, labelColumn and chosenLabel",
-        lambda spec: _preference_form(spec.data.preferences),
-        f"!has({_P}) || ((has({_P}.chosenColumn) || has({_P}.rejectedColumn))"
-        f" ? (has({_P}.chosenColumn) && has({_P}.rejectedColumn) && !has({_P}.textColumn)"
-        f" && !has({_P}.labelColumn) && !has({_P}.chosenLabel))"
-        f" : (has({_P}.textColumn) && has({_P}.labelColumn) && has({_P}.chosenLabel)))",
-        lambda spec: _columns(spec.data.preferences),
+        _preference_form,
+        f"!has(self.data.preferences) || ({_all_given(PAIR, LABELLED)}) || ({_all_given(LABELLED, PAIR)})",
+        _explain_preferences,
     ),
     Rule(
         "evaluate.scorers",
         "each needs either function or fitted: true",
         lambda spec: all((scorer.function is None) == scorer.fitted for scorer in spec.evaluate.scorers),
-        "self.evaluate.scorers.all(s, has(s.function) != s.fitted)",
-        lambda spec: [scorer.name for scorer in spec.evaluate.scorers],
+        "self.evaluate.scorers.all(s, has(s.__function__) != s.fitted)",
+        _explain_scorers,
     ),
     Rule(
         "evaluate.scorers",
         "their names must differ",
         lambda spec: len({scorer.name for scorer in spec.evaluate.scorers}) == len(spec.evaluate.scorers),
         "self.evaluate.scorers.all(s, self.evaluate.scorers.exists_one(t, t.name == s.name))",
-        lambda spec: [scorer.name for scorer in spec.evaluate.scorers],
+        _explain_names,
     ),
     Rule(
         "data.evaluation",
         "is needed by a scorer with fitted: true",
         lambda spec: spec.data.evaluation is not None or not any(scorer.fitted for scorer in spec.evaluate.scorers),
         "has(self.data.evaluation) || !self.evaluate.scorers.exists(s, s.fitted)",
-        lambda _: None,
+        lambda spec: (
+            f"is missing and the scorer {next(scorer.name for scorer in spec.evaluate.scorers if scorer.fitted)} "
+            "is fitted on it; add it, or remove the scorer"
+        ),
     ),
     Rule(
         "model.source",
-        "is a data set; a hub model is written hf://owner/name",
+        "a hub model is written hf://owner/name",
         lambda spec: not spec.model.source.startswith("hf://datasets/"),
         "!self.model.source.startsWith('hf://datasets/')",
-        lambda spec: spec.model.source,
+        lambda spec: f"{spec.model.source} is a data set; a hub model is written hf://owner/name",
+    ),
+    Rule(
+        "model.revision",
+        "is for hub models alone",
+        lambda spec: spec.model.revision is None or spec.model.source.startswith("hf://"),
+        "!has(self.model.revision) || self.model.source.startsWith('hf://')",
+        lambda spec: f"{spec.model.revision} is of no use with {spec.model.source}; remove it",
     ),
     Rule(
         "gpu.count",
         "this release trains on one GPU; use 1, or 0 for the CPU",
         lambda spec: spec.gpu.count <= 1,
         "self.gpu.count <= 1",
-        lambda spec: spec.gpu.count,
+        lambda spec: f"{spec.gpu.count} is more than this release can use; use 1, or 0 for the CPU",
     ),
-    *(_table_source(name) for name in ("sft", "preferences", "prompts", "evaluation")),
-    *(_rows(name) for name in ("sft", "preferences", "prompts", "evaluation")),
-    _held_out("sft", "the held-out loss is measured there"),
+    *(make(name) for make in (_table_source, _table_revision, _table_split, _rows) for name in TABLES),
+    _about_table(
+        "sft",
+        "heldOut",
+        "must be below 1: the rest is trained on",
+        lambda data: data.held_out < 1,
+        "{table}.heldOut < 1.0",
+        lambda data: f"{data.held_out:g} leaves no row to train on; use a fraction below 1",
+    ),
     _held_out("preferences", "the reward's accuracy is measured there"),
     _held_out("prompts", "the policies are compared there"),
     _held_out("evaluation", "the fitted scorer's accuracy is measured there"),

@@ -7,16 +7,21 @@ from pydantic.alias_generators import to_camel
 
 from rlhf_api.names import API_VERSION
 
-Positive = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Natural = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|k|M|G|T)?$")]
+# With a unit: 24 alone would be 24 bytes.
+Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|k|M|G|T)$", max_length=32)]
 # A place to read from: hub, object store, file, or a file that an installed Python package ships.
 Source = Annotated[str, Field(pattern=r"^(hf|s3|file|package)://.+$", max_length=1024)]
+Name = Annotated[str, Field(max_length=256)]
+# int-or-string, as Kubernetes calls it: the union that its schemas allow.
+Label = Annotated[str, Field(max_length=256)] | int
 ColumnName = Annotated[str, Field(min_length=1, max_length=256)]
+Modules = Annotated[list[ColumnName], Field(min_length=1, max_length=64)]
 # `module:callable`, importable in the stage's process.
-Callable_ = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+Callable_ = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", max_length=256)]
 
 
 class Section(BaseModel):
@@ -34,8 +39,8 @@ class Model(Section):
         description="hf://owner/name, s3://bucket/prefix, file:///folder, or package://module/path. "
         "A path that ends in .gguf is read as a GGUF file and dequantised."
     )
-    revision: str | None = Field(None, description="Commit, tag or branch of a hub model. Pin a commit.")
-    pad_token: str | None = Field(
+    revision: Name | None = Field(None, description="Commit, tag or branch of a hub model. Pin a commit.")
+    pad_token: Name | None = Field(
         None, description="Token used as padding. Default: the tokenizer's, if it differs from EOS, else one is chosen."
     )
 
@@ -44,14 +49,17 @@ class Data(Section):
     """One table of rows: Parquet, CSV or JSON lines, or a hub data set."""
 
     source: Source = Field(description="Parquet, CSV or JSON lines file, or hf://datasets/owner/name.")
-    revision: str | None = Field(None, description="Commit, tag or branch of a hub data set.")
-    split: str = Field("train", description="Split of a hub data set.")
-    where: dict[str, str | int | bool] = Field(
-        default_factory=dict, description="Keep rows whose columns equal these values."
+    revision: Name | None = Field(None, description="Commit, tag or branch of a hub data set.")
+    split: Name = Field("train", description="Split of a hub data set.")
+    where: dict[str, Label] = Field(
+        default_factory=dict,
+        max_length=16,
+        description="Keep rows whose columns equal these values: text or whole numbers, 1 or 0 for a boolean.",
     )
     rows: str | None = Field(
         None,
         pattern=r"^[0-9]{1,3}%:[0-9]{1,3}%$",
+        max_length=9,
         description="Keep this range of the rows in their hashed order, such as 0%:70%. "
         "Ranges of one source that do not overlap share no text.",
     )
@@ -75,7 +83,9 @@ class PreferenceData(Data):
     label_column: ColumnName | None = Field(
         None, description="Column of labels: a row with chosenLabel is paired with a row without it."
     )
-    chosen_label: str | int | bool | None = Field(None, description="The label whose texts are preferred.")
+    chosen_label: Label | None = Field(
+        None, description="The label whose texts are preferred: text or a whole number, 1 or 0 for a boolean."
+    )
 
 
 class PromptData(Data):
@@ -92,7 +102,9 @@ class LabelledData(Data):
 
     text_column: ColumnName = Field("text", description="Column that holds the text.")
     label_column: ColumnName = Field("label", description="Column that holds the label.")
-    chosen_label: str | int | bool = Field(1, description="The label that counts as good.")
+    chosen_label: Label = Field(
+        1, description="The label that counts as good: text or a whole number, 1 or 0 for a boolean."
+    )
 
 
 class DataSets(Section):
@@ -121,16 +133,18 @@ class Quantization(Section):
 class Lora(Section):
     """The adapters: SFT's, and those of policy, critic and reward."""
 
-    rank: Positive = Field(16, le=1024, description="Rank of the update matrices.")
+    rank: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="Rank of the update matrices.")
     alpha: Positive = Field(32, description="Scale: the update counts alpha / rank (alpha / sqrt(rank) with rsLoRA).")
     dropout: Fraction = Field(0.0, description="Dropout before the adapter, in sft only; PPO runs without.")
-    target_modules: Literal["attention", "all-linear"] | list[str] = Field(
-        "attention", description="attention, all-linear, or names of linear layers."
+    target_modules: Literal["attention", "all-linear"] | Modules = Field(
+        "attention", description="attention, all-linear, or names of linear layers such as [q_proj, v_proj]."
     )
     layers: str = Field(
         "all",
         pattern=r"^(all|top:[1-9][0-9]*)$",
-        description="Layers that policy, critic and reward adapt. top:k shares the trunk below. sft always adapts all.",
+        max_length=16,
+        description="Layers that policy, critic and reward adapt: all, or top:k, which shares the trunk below. "
+        "sft always adapts all.",
     )
     use_rslora: bool = Field(False, description="Rank-stabilised scaling.")
     use_dora: bool = Field(False, description="Weight-decomposed adapters, in sft only.")
@@ -153,15 +167,15 @@ class Merge(Section):
     """The SFT adapter merged into the 16-bit weights."""
 
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Type of the merged weights.")
-    shard_size: Quantity = Field("2Gi", description="Size of a weight file, at most.")
+    shard_size: Quantity = Field("2Gi", description="Size of a weight file at most, such as 2Gi.")
 
 
 class Classifier(Section):
     """A sequence-classification model as the reward."""
 
     source: Source = Field(description="hf://owner/name, s3://bucket/prefix or file:///folder.")
-    revision: str | None = Field(None, description="Commit, tag or branch of a hub model.")
-    label: str = Field(description="Name of the class whose logit is the reward.")
+    revision: Name | None = Field(None, description="Commit, tag or branch of a hub model.")
+    label: Name = Field(description="Name of the class whose logit is the reward.")
 
 
 class Reward(Section):
@@ -248,7 +262,9 @@ class PPO(Section):
 class Scorer(Section):
     """A scorer that training never saw."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,30}$")] = Field(description="Name in the report.")
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,30}$", max_length=31)] = Field(
+        description="Name in the report: lower-case letters, digits and hyphens, 31 at most."
+    )
     function: Callable_ | None = Field(None, description="module:callable, as reward.function.")
     fitted: bool = Field(False, description="Fit a bag-of-words classifier on data.evaluation.")
 
@@ -256,7 +272,7 @@ class Scorer(Section):
 class Evaluate(Section):
     """The SFT policy against the PPO policy on held-out prompts."""
 
-    samples: Positive = Field(64, description="Held-out prompts, at most.")
+    samples: Annotated[int, Field(ge=2, le=2**31 - 1)] = Field(64, description="Held-out prompts, at most.")
     batch_size: Positive = Field(16, description="Prompts decoded together.")
     temperature: Annotated[float, Field(ge=0, le=10)] = Field(1.0, description="0: greedy.")
     scorers: list[Scorer] = Field(default_factory=list, max_length=8, description="Independent scorers.")
@@ -265,32 +281,36 @@ class Evaluate(Section):
 class GPU(Section):
     """The accelerator each training stage asks for."""
 
-    memory: Quantity = Field("24Gi", description="Memory of one GPU. On a larger card a stage keeps within it.")
+    memory: Quantity = Field(
+        "24Gi", description="Memory of one GPU, such as 24Gi. On a larger card a stage keeps within it."
+    )
     count: Natural = Field(1, description="GPUs a stage. 0: run on the CPU.")
 
 
 class Placement(Section):
     """Where the pods may run."""
 
-    node_selector: dict[str, str] = Field(default_factory=dict, description="Labels a node must have.")
-    tolerations: list[dict[str, Any]] = Field(default_factory=list, description="Taints the pods tolerate.")
+    node_selector: dict[str, Name] = Field(default_factory=dict, max_length=32, description="Labels a node must have.")
+    tolerations: list[dict[str, Any]] = Field(
+        default_factory=list, max_length=32, description="Taints the pods tolerate."
+    )
     pod_template: dict[str, Any] = Field(default_factory=dict, description="Strategic patch on the pod.")
 
 
 class ObjectStore(Section):
     """Where artifacts live. Defaults come from the chart, or from the command line."""
 
-    bucket: str | None = Field(None, description="Bucket.")
-    prefix: str | None = Field(None, description="Key prefix inside the bucket.")
-    endpoint: str | None = Field(None, description="S3 endpoint URL.")
-    credentials_secret: str | None = Field(None, description="Secret with the access and the secret key.")
+    bucket: Name | None = Field(None, description="Bucket.")
+    prefix: Name | None = Field(None, description="Key prefix inside the bucket.")
+    endpoint: Name | None = Field(None, description="S3 endpoint URL.")
+    credentials_secret: Name | None = Field(None, description="Secret with the access and the secret key.")
 
 
 class Tracking(Section):
     """Optional experiment trackers; TensorBoard files are always written."""
 
-    wandb_project: str | None = Field(None, description="Weights & Biases project.")
-    mlflow_uri: str | None = Field(None, description="MLflow tracking URI.")
+    wandb_project: Name | None = Field(None, description="Weights & Biases project.")
+    mlflow_uri: Name | None = Field(None, description="MLflow tracking URI.")
 
 
 class RunSpec(Section):
@@ -309,7 +329,7 @@ class RunSpec(Section):
     placement: Placement = Field(default_factory=Placement)
     object_store: ObjectStore = Field(default_factory=ObjectStore)
     tracking: Tracking = Field(default_factory=Tracking)
-    seed: Natural = Field(0, le=2**31 - 1, description="Seed of everything random.")
+    seed: Natural = Field(0, description="Seed of everything random.")
     suspend: bool = Field(False, description="Stop after the current checkpoint and wait.")
 
 
@@ -318,7 +338,9 @@ class Metadata(BaseModel):
 
     model_config = ConfigDict(extra="allow", alias_generator=to_camel, populate_by_name=True)
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,50}[a-z0-9])?$")]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,50}[a-z0-9])?$")] = Field(
+        description="Lower-case letters, digits and hyphens, 52 at most."
+    )
     namespace: str | None = None
     uid: str | None = None
     generation: int | None = None
