@@ -88,6 +88,17 @@ def test_ppo_trains_on_the_card(quantization: Quantization, layers: str, tmp_pat
     assert not torch.equal(own, changed)
 
 
+def test_rollouts_leave_no_memory_behind(tmp_path: Path) -> None:
+    roles = roles_of(tmp_path, Quantization(type="none"))
+    ids, mask = prompts()
+    reserved = []
+    for _ in range(6):
+        rollout(roles.model, ids, mask, Sampling(24, EOS, PAD))
+        torch.cuda.empty_cache()
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[-1] == reserved[1]  # the first one makes what is kept for all
+
+
 def test_a_process_keeps_within_the_memory_asked_for() -> None:
     gc.collect()
     torch.cuda.empty_cache()
