@@ -106,11 +106,14 @@ def test_a_killed_run_resumes_to_the_same_bytes(runs: StageRuns) -> None:
 
 
 def test_gate_stops_the_run_below_min_accuracy(runs: StageRuns) -> None:
-    config = reward_config(runs, steps=1, learning_rate=1e-9, min_accuracy=1.0)
+    config = reward_config(runs)
+    swapped = {"prompt": ["see: "] * 3, "chosen": BAD, "rejected": GOOD}
+    data = runs.put_tables("preference-data", {"prompt": ["see: "] * 3, "chosen": GOOD, "rejected": BAD}, swapped)
+    config = config.model_copy(update={"inputs": config.inputs | {"data": data}})
     with pytest.raises(
         GateError,
-        match=r"^reward.minAccuracy: held-out pair accuracy is 0\.\d+ \(95 % interval 0\.\d+ to 0\.\d+, 3 pairs\), "
-        r"below 1.0; train longer \(reward.steps\)",
+        match=r"^reward.minAccuracy: held-out pair accuracy is 0\.000 \(95 % interval 0\.000 to 0\.562, 3 pairs\), "
+        r"below 0.6; train longer \(reward.steps\)",
     ):
         runs.run(config)
     assert runs.artifacts.find(config.output) is None
