@@ -112,7 +112,7 @@ def test_gate_stops_the_run_below_min_accuracy(runs: StageRuns) -> None:
     config = config.model_copy(update={"inputs": config.inputs | {"data": data}})
     with pytest.raises(
         GateError,
-        match=r"^reward.minAccuracy: held-out pair accuracy is 0\.000 \(95 % interval 0\.000 to 0\.562, 3 pairs\), "
+        match=r"^reward.minAccuracy: held-out pair accuracy is 0\.000 \(95 % interval 0\.000 to 0\.561, 3 pairs\), "
         r"below 0.6; train longer \(reward.steps\)",
     ):
         runs.run(config)
