@@ -67,7 +67,7 @@ def transition_rules() -> list[Schema]:
         rules.append(
             {
                 "rule": rule,
-                "message": f"{name} {message}",
+                "message": message,
                 "fieldPath": f".{name}",
                 "reason": "FieldValueForbidden",
             }
@@ -79,7 +79,7 @@ def _root() -> Schema:
     spec = _structural_of(RunSpec)
     spec["description"] = RunSpec.__doc__
     spec["x-kubernetes-validations"] = [
-        {"rule": rule.cel, "message": f"{rule.path} {rule.message}", "fieldPath": f".{rule.path}"} for rule in RULES
+        {"rule": rule.cel, "message": rule.message, "fieldPath": f".{rule.path}"} for rule in RULES
     ] + transition_rules()
     status = _structural_of(RunStatus)
     for name, key in LIST_KEYS.items():

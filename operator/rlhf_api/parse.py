@@ -18,7 +18,7 @@ from rlhf_api.run import RLHFRun, RunSpec
 Location = Sequence[str | int]
 
 # The names of a union's branches in the location of an error, which are no part of the document.
-SCALAR = ("str", "int", "bool", "float")
+SCALAR = ("str", "int", "constrained-str", "constrained-int")
 BRACKETED = re.compile(r"(list|literal|constrained-\w+|function-\w+)\[.*\]")
 WORDS = {
     "int_type": "a whole number",
@@ -79,20 +79,32 @@ def _broken(spec: RunSpec, rules: Iterable[Rule]) -> list[str]:
 
 
 def _broken_besides(document: dict[Any, Any], details: Iterable[Any]) -> list[str]:
-    """The rules that `document` breaks with its wrong fields left out, of those rules that read none of them."""
-    remaining = copy.deepcopy(document)
+    """The rules that `document` breaks besides, of those that read none of the fields that are wrong."""
     wrong = []
+    remaining = copy.deepcopy(document)
     for detail in details:
         # A wrong item spoils its list, and a wrong name its section: who knows what was meant.
         location = list(_field(detail["loc"]))
         location = location[: next((i for i, part in enumerate(location) if isinstance(part, int)), None)]
         _remove(remaining, location)
         wrong.append(location[:-1] if detail["type"] == "extra_forbidden" else location)
-    try:
-        spec = RLHFRun.model_validate(remaining, strict=True, by_alias=True, by_name=False).spec
-    except ValidationError:
+    spec = _spec_with_stand_ins(remaining.get("spec", {}))
+    if spec is None:
         return []
     return _broken(spec, [rule for rule in RULES if not any(_reads(rule, location) for location in wrong)])
+
+
+def _spec_with_stand_ins(document: dict[Any, Any]) -> RunSpec | None:
+    """The spec in `document` with something in place of what is missing; None if more than that is wrong with it."""
+    while True:
+        try:
+            return RunSpec.model_validate(document, strict=True, by_alias=True, by_name=False)
+        except ValidationError as error:
+            if any(detail["type"] != "missing" for detail in error.errors()):
+                return None
+            for detail in error.errors():
+                section = _model_at(("spec", *detail["loc"]))
+                _put(document, detail["loc"], {} if section else "file:///unknown")
 
 
 def _reads(rule: Rule, location: Location) -> bool:
@@ -113,6 +125,12 @@ def _remove(document: Any, location: Location) -> None:
         document.pop(location[-1], None)
 
 
+def _put(document: Any, location: Location, value: Any) -> None:
+    for part in location[:-1]:
+        document = document[part]
+    document[location[-1]] = value
+
+
 # ---- one line a field -----------------------------------------------------------------------------------------------
 
 
@@ -129,7 +147,7 @@ def _lines(details: Iterable[Any]) -> list[str]:
 def _field(location: Location) -> Location:
     """`location` without the names of a union's branches."""
     location = [part for part in location if not BRACKETED.fullmatch(str(part))]
-    scalar = len(location) > 1 and location[-1] in SCALAR and _section_at(location[:-1]) is None
+    scalar = len(location) > 1 and location[-1] in SCALAR and _model_at(location[:-1]) is None
     return location[:-1] if scalar else location
 
 
@@ -146,8 +164,10 @@ def _complaint(details: Sequence[Any]) -> str:
     if kind == "string_pattern_mismatch":
         return f"{shown} has not the right form{_description(location) or f': {detail["ctx"]["pattern"]}'}"
     quotes = "; remove the quotes" if isinstance(value, str) and _needs_no_quotes(value, details) else ""
-    if wanted == ["text"]:
-        quotes = f"{', in quotes' if isinstance(value, int | float) else ''}{_description(location)}"
+    if "text" in wanted:
+        quotes = (
+            f"{', in quotes' if len(wanted) == 1 and isinstance(value, int | float) else ''}{_description(location)}"
+        )
     return f"{shown} should be {' or '.join(wanted)}{quotes}"
 
 
@@ -155,7 +175,8 @@ def _shown(value: Any) -> str:
     """The value as YAML writes it, or its kind where it has parts."""
     if isinstance(value, dict | list) or value is None:
         return f"is {_kind_of(value)};"
-    return str(value).lower() if isinstance(value, bool) else repr(value)
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"
 
 
 def _needs_no_quotes(value: str, details: Iterable[Any]) -> bool:
@@ -188,12 +209,15 @@ def _wanted(detail: Any) -> str:
 def _path(location: Location) -> str:
     path = ""
     for part in location:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+        if isinstance(part, str) and re.fullmatch(r"[\w/-]+", part):
+            path += f".{part}" if path else part
+        else:
+            path += f"[{part!r}]"
     return path
 
 
 def _suggestion(location: Location) -> str:
-    section = _section_at(location[:-1])
+    section = _model_at(location[:-1])
     names = sorted(_fields(section)) if section else []
     lower = {name.lower(): name for name in names}
     written = str(location[-1]).replace("_", "").replace("-", "").lower()
@@ -204,7 +228,7 @@ def _suggestion(location: Location) -> str:
 
 
 def _description(location: Location) -> str:
-    section = _section_at(location[:-1])
+    section = _model_at(location[:-1])
     field = _fields(section).get(str(location[-1])) if section else None
     return f": {field.description.rstrip('.')}" if field and field.description else ""
 
@@ -216,7 +240,7 @@ def _fields(section: type[BaseModel]) -> dict[str, Any]:
     return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
-def _section_at(location: Location) -> type[BaseModel] | None:
+def _model_at(location: Location) -> type[BaseModel] | None:
     """The model whose fields are found at `location`, or None where there is none."""
     section: type[BaseModel] | None = RLHFRun
     for part in location:
