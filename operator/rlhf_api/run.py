@@ -2,7 +2,14 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 from pydantic.alias_generators import to_camel
 
 from rlhf_api.names import API_VERSION
@@ -30,6 +37,16 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", alias_generator=to_camel, populate_by_name=True, frozen=True, allow_inf_nan=False
     )
+
+    @model_serializer(mode="wrap")
+    def _keep_meaningful_nulls(self, write: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        """A null that overrides a default is written even where nulls are left out: else the default would return."""
+        document: dict[str, Any] = write(self)
+        for name, field in type(self).model_fields.items():
+            key = str(field.alias) if info.by_alias else name
+            if info.exclude_none and field.default is not None and getattr(self, name) is None:
+                document.setdefault(key, None)
+        return document
 
 
 class Model(Section):

@@ -38,6 +38,8 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key, _ in node.value:
             name = self.construct_object(key, deep=True)
+            if not isinstance(name, str | int | float | bool | None):
+                raise yaml.constructor.ConstructorError(None, None, "a key is no text", key.start_mark)
             if name in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {name!r} is given twice", key.start_mark)
             seen.add(name)
