@@ -4,7 +4,6 @@ With `lora.layers: top:k` the adapters sit on the top k layers, so below them al
 is computed once for a batch (`Roles.trunk`) and every role continues from it (`Roles.hidden`).
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf_api.errors import UserError
 from rlhf_api.run import Lora
+from rlhf_pipeline.adapters import save_adapter
 from rlhf_pipeline.models import adapted_layers, lora_config, stack_of
 
 Role = Literal["policy", "critic", "reward", "reference"]
@@ -233,15 +233,8 @@ class Roles:
 
     def save_adapter(self, role: Role, folder: Path) -> None:
         """Write the role's adapter as PEFT does: adapter_config.json and adapter_model.safetensors."""
-        from safetensors.torch import save_file
-
-        folder.mkdir(parents=True, exist_ok=True)
-        config = copy.copy(self._peft.peft_config[role])
-        config.base_model_name_or_path = None  # a path of this machine means nothing to the next one
-        config.inference_mode = True
-        config.save_pretrained(folder)
         weights = {name: t for name, t in self.state(role).items() if not name.startswith("head.")}
-        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_adapter(self.model, self._peft.peft_config[role], weights, folder)
 
     def load_adapter(self, role: Role, folder: Path) -> None:
         """Load the weights of an adapter that `save_adapter` or PEFT wrote."""
