@@ -63,7 +63,7 @@ def import_model(stage: Stage) -> dict[str, float]:
     (stage.output / "report.json").write_bytes(canonical_json(report))
     # The shape travels with the figures: the plan checks settings against it before anything trains.
     shape = shape_of(json.loads((stage.output / "config.json").read_bytes()))
-    return {"parameters": float(weights.parameters), "bytes": float(weights.bytes)} | shape.figures()
+    return {"parameters": float(weights.parameters), "bytes": float(weights.bytes)} | (shape.figures() if shape else {})
 
 
 class Weights:
