@@ -1,6 +1,7 @@
 """The evaluate stage: the SFT policy (the base, adapters off) against the PPO policy, on prompts that PPO never saw."""
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,6 +45,8 @@ def run(stage: Stage) -> dict[str, float]:
     if not (settings and ppo and lora and quantization):
         raise UserError("stage.settings: evaluate needs the sections evaluate, ppo, lora and quantization")
 
+    began = time.monotonic()
+
     # 1. Independent scorers first: they fail soonest and cost least.
     stage.progress.update(phase="fitting scorers")
     scorers = load_scorers(settings.scorers, stage.input("data") if stage.has("data") else None)
@@ -63,8 +66,7 @@ def run(stage: Stage) -> dict[str, float]:
     rows, texts = prompts.rows[: settings.samples], prompts.texts[: settings.samples]
     if len(rows) < 2:
         raise UserError(
-            f"evaluate: {len(rows)} held-out prompt gives no interval; raise evaluate.samples "
-            f"({settings.samples}) or data.prompts.heldOut"
+            f"evaluate: {len(rows)} held-out prompt gives no interval; raise data.prompts.heldOut, or add prompts"
         )
 
     # 3. Both policies on the same prompts with the same random numbers.
@@ -98,7 +100,7 @@ def run(stage: Stage) -> dict[str, float]:
     stage.progress.update(step=len(POLICIES) * len(parts), total=len(POLICIES) * len(parts), phase="report")
     from rlhf_pipeline.report.page import write_stage_report
 
-    write_stage_report(stage)
+    write_stage_report(stage, began)
     return headline(report)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-WIDTH, HEIGHT = 440, 230
+WIDTH, HEIGHT = 380, 215
 LEFT, RIGHT, TOP, BOTTOM = 54, 14, 14, 40
 
 
@@ -111,7 +111,7 @@ def histogram(
 
 def intervals(rows: Sequence[Interval], title: str, x_label: str, neutral: float, xs: Axis) -> Markup:
     """A dot and its interval for each row, with a line at `neutral`, where neither side is better."""
-    left, pitch = 130, 36
+    left, pitch = 120, 36
     height = TOP + pitch * len(rows) + BOTTOM
     floor, end = height - BOTTOM, WIDTH - RIGHT
     body, marks = Markup(""), []

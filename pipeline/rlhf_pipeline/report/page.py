@@ -85,8 +85,8 @@ def comparisons(report: dict[str, Any]) -> list[dict[str, Any]]:
     for name, scored in report["scorers"].items():
         if scored["type"] == "fitted":
             about = (
-                f"classifier fitted on {scored['fitted_on']:,} labelled texts, right on {percent(scored['accuracy'])} of "
-                f"{scored['held_out']:,} held-out ones"
+                f"classifier fitted on {scored['fitted_on']:,} labelled texts, right on "
+                f"{percent(scored['accuracy'])} of {scored['held_out']:,} held-out ones"
             )
         else:
             about = scored["function"]
