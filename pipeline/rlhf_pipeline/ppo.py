@@ -33,6 +33,7 @@ def run(stage: Stage) -> dict[str, float]:
     device = device_of(stage.config.gpu)
     folder = stage.input("model")
     tokenizer = load_tokenizer(folder)
+    torch.manual_seed(stage.settings.seed)  # of the adapters' first weights
     roles = Roles(load_base(folder, quantization, device), lora, checkpointing=device.type == "cuda")
     score, card = load_score(stage.input("reward"), roles, tokenizer, settings.micro_batch_size)
     prompts = Prompts(stage.input("prompts"), "train", tokenizer.pad_token_id, stage.settings.seed)
@@ -58,13 +59,15 @@ def run(stage: Stage) -> dict[str, float]:
         if device.type == "cuda":
             metrics["peak_memory_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
         stage.log(index + 1, **metrics)
-        if index % settings.sample_steps == 0 or index + 1 == trainer.total:
+        too_far = settings.max_kl is not None and metrics["kl"] > settings.max_kl
+        last = too_far or index + 1 == trainer.total
+        if last or index % settings.sample_steps == 0:
             trainer.running.samples += _samples(trainer, tokenizer, index + 1)
         shown = {key: metrics[key] for key in ("reward", "score", "kl", "entropy", "tokens_per_second")}
         stage.progress.update(step=index + 1, total=trainer.total, phase="training", **shown)
-        if settings.max_kl is not None and metrics["kl"] > settings.max_kl:
+        if last:
             break
-        if (index + 1) % settings.checkpoint_steps == 0 and index + 1 < trainer.total:
+        if (index + 1) % settings.checkpoint_steps == 0:
             last_good = _save_checkpoint(stage, trainer)
 
     # 4. The artifact.
@@ -78,7 +81,7 @@ def _check_sound(metrics: dict[str, float], abort_kl: float, rollout: int) -> No
             raise TrainingError(f"ppo: {name} is {value} in rollout {rollout}")
     if abs(metrics["kl"]) > abort_kl:
         raise TrainingError(
-            f"ppo: the KL to the reference is {metrics['kl']:.1f} nats a response in rollout {rollout}, above "
+            f"ppo: the KL to the reference is {metrics['kl']:.3g} nats a response in rollout {rollout}, above "
             f"ppo.abortKl {abort_kl:g}; lower ppo.learningRate or raise ppo.klCoefficient"
         )
 

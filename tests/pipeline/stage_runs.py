@@ -18,7 +18,7 @@ from rlhf_pipeline.__main__ import run_stage
 from rlhf_pipeline.stage_process import Stage
 from rlhf_store.artifacts import Manifest, open_artifacts
 
-OUTPUTS: dict[str, ArtifactKind] = {"sft": "sft-adapter", "reward": "reward-model"}
+OUTPUTS: dict[str, ArtifactKind] = {"sft": "sft-adapter", "reward": "reward-model", "ppo": "policy"}
 
 
 class StageRuns:
@@ -79,10 +79,10 @@ class StageRuns:
         finally:
             stage.close()
 
-    def start(self, config: StageConfig) -> subprocess.Popen[bytes]:
-        """Run a stage in a process of its own."""
-        work = self.root / f"work-{self._next()}"
-        work.mkdir(parents=True)
+    def start(self, config: StageConfig, work: Path | None = None) -> subprocess.Popen[bytes]:
+        """Run a stage in a process of its own, in a new working folder unless one is given."""
+        work = work or self.root / f"work-{self._next()}"
+        work.mkdir(parents=True, exist_ok=True)
         (work / STAGE_CONFIG_FILE).write_text(config.model_dump_json(by_alias=True, exclude_none=True))
         files = ["--config", work / STAGE_CONFIG_FILE, "--work", work, "--result", work / STAGE_RESULT_FILE]
         environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | os.environ
