@@ -85,8 +85,8 @@ class ModelShape:
         known = {field.name: field for field in fields(cls)}
         if any(field.default is MISSING and name not in figures for name, field in known.items()):
             return None
-        kinds = {"tied": bool, "fused_qkv": bool}
-        return cls(**{name: kinds.get(name, int)(figures[name]) for name in known if name in figures})
+        values: dict[str, Any] = {name: int(figures[name]) for name in known if name in figures}
+        return cls(**values | {name: bool(values.get(name)) for name in ("tied", "fused_qkv")})
 
 
 def shape_of(config: Mapping[str, Any]) -> ModelShape | None:
