@@ -11,7 +11,7 @@ from sample_run import evaluation, ppo_curve, run_records
 
 from rlhf_pipeline.report.charts import Interval, axis, histogram, intervals, line, number
 from rlhf_pipeline.report.curves import MAX_POINTS, figures, thinned
-from rlhf_pipeline.report.page import comparisons, percent, render, settings_text
+from rlhf_pipeline.report.page import comparisons, percent, render, settings_text, short
 from rlhf_pipeline.report.verdict import verdict
 
 HOSTILE = (
@@ -78,13 +78,13 @@ def test_the_figures_shown_are_the_reports(page: str) -> None:
     words = Page(page).words
     for name, compared in {"reward": report["reward"], **report["scorers"]}.items():
         sign = "+" if compared["rise"]["mean"] > 0 else ""
-        assert f"{name} {sign}{number(compared['rise']['mean'])}" in words
+        assert f"{name} {sign}{short(compared['rise']['mean'])}" in words
         for side in ("reference", "policy"):
-            assert f" {number(compared[side]['mean'])} " in words
+            assert f" {short(compared[side]['mean'])} " in words
         for bound in ("low", "high"):
-            assert number(compared["rise"][bound]) in words
+            assert short(compared["rise"][bound]) in words
             assert percent(compared["win_rate"][bound]) in words
-    assert f"KL paid {number(report['kl']['mean'])} nats" in words
+    assert f"KL paid {short(report['kl']['mean'])} nats" in words
     for figure in ("eos_rate", "distinct_1", "distinct_2"):
         assert percent(report[figure]["policy"]) in words
     for text in ("84.6 %", "79.9 % to 88.4 %", "3.32", "+0.007", "96.9 %", "3 min 51 s"):

@@ -55,7 +55,7 @@ def render(run: str, records: Sequence[Record], made_at: float) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": number, "duration": duration, "size": size, "percent": percent}
+    environment.filters |= {"number": short, "duration": duration, "size": size, "percent": percent}
     stages = {record.stage: record for record in records}
     evaluation = stages.get("evaluate")
     return environment.get_template("page.html.j2").render(
@@ -81,7 +81,9 @@ def render(run: str, records: Sequence[Record], made_at: float) -> str:
 
 def comparisons(report: dict[str, Any]) -> list[dict[str, Any]]:
     """The reward and every scorer: before, after, rise, win rate, and what the scorer is."""
-    rows = [{"name": "reward", "about": "the run's reward, in deviations of the SFT policy's", **report["reward"]}]
+    scaled = (report["score_mean"], report["score_std"]) != (0.0, 1.0)
+    about = "the run's reward" + (", in standard deviations of the SFT policy's responses" if scaled else "")
+    rows = [{"name": "reward", "about": about, **report["reward"]}]
     for name, scored in report["scorers"].items():
         if scored["type"] == "fitted":
             about = (
@@ -189,6 +191,11 @@ def versions(records: Sequence[Record]) -> dict[str, str]:
             if version not in found.setdefault(package, []):
                 found[package].append(version)
     return {package: ", ".join(each) for package, each in found.items()}
+
+
+def short(value: float) -> str:
+    """A figure of the text: at most three decimals, unless it is smaller than that."""
+    return number(round(value, 3) if abs(value) >= 0.001 else value)
 
 
 def duration(seconds: float) -> str:
