@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_api.budget import GIB, Budget, ModelShape, budget
+from rlhf_api.budget import GIB, Budget, ModelShape, budget, suggestions
 from rlhf_api.errors import UserError
 from rlhf_api.names import EXIT_USER
 from rlhf_operator.display import console
@@ -85,26 +85,25 @@ def plan_file(file: Path, store_url: str | None, endpoint: str | None, as_json: 
     screen = console()
     screen.print(table)
     screen.print(f"Store: {store.url}", style="dim", highlight=False, soft_wrap=True)
-    if memory is None:
+    if run.spec.gpu.count == 0:
+        return
+    if shape is None or memory is None:
         screen.print("Memory: known once the model is imported.", style="dim")
-    else:
-        screen.print(memory_table(memory))
-        verdict = "fits" if memory.fits else "DOES NOT FIT"
-        peak, limit = memory.peak.total / GIB, memory.available / GIB
-        screen.print(
-            f"Peak {peak:.1f} GiB of {limit:.1f} GiB in {memory.peak.stage} {memory.peak.name}: {verdict} (an estimate)"
-        )
+        return
+    screen.print(memory_table(memory))
+    peak, limit = memory.peak.total / GIB, memory.available / GIB
+    screen.print(f"Peak {peak:.1f} of {limit:.1f} GiB, in {memory.peak.stage} {memory.peak.name} (an estimate).")
+    for line in suggestions(shape, run.spec):
+        screen.print(f"Does not fit: {line}", style="bold red")
 
 
 def memory_table(memory: Budget) -> Table:
-    """GiB of each term in each phase that uses the GPU."""
+    """GiB of each phase that uses the GPU: in all, and each term of a hundredth or more."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("GPU memory, GiB")
+    table.add_column("phase")
+    table.add_column("GPU GiB", justify="right")
+    table.add_column("of it", overflow="fold")
     for phase in memory.phases:
-        table.add_column(f"{phase.stage} {phase.name}", justify="right")
-    terms = dict.fromkeys(term for phase in memory.phases for term in phase.terms)
-    for term in terms:
-        cells = [f"{phase.terms[term] / GIB:.2f}" if term in phase.terms else "" for phase in memory.phases]
-        table.add_row(term, *cells)
-    table.add_row("total", *(f"{phase.total / GIB:.2f}" for phase in memory.phases), style="bold")
+        terms = [f"{name} {size / GIB:.2f}" for name, size in phase.terms.items() if size / GIB >= 0.01]
+        table.add_row(f"{phase.stage} {phase.name}", f"{phase.total / GIB:.2f}", Text(", ".join(terms), style="dim"))
     return table

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import math
+import os
 import shutil
 import sys
 import time
@@ -32,6 +33,9 @@ PROGRAMS: dict[Program, str] = {
     "evaluate": "rlhf_pipeline.evaluate:run",
 }
 
+# A stage's log is for what went wrong; how far it is stands in its progress file.
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one stage and write its result. Returns the exit code."""
@@ -40,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, required=True, help="working folder; a restarted stage may reuse it")
     parser.add_argument("--result", type=Path, required=True, help="where the StageResult goes")
     options = parser.parse_args(arguments)
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     began = time.monotonic()
     result, code = _outcome(options.config, options.work)
     result = result.model_copy(update={"seconds": round(time.monotonic() - began, 3)})
