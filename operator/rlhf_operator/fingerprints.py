@@ -1,7 +1,6 @@
 """What the bytes of a run's local sources look like, so that a stage runs again when its source has changed."""
 
 import hashlib
-import importlib.util
 import json
 import time
 from pathlib import Path
@@ -9,6 +8,7 @@ from urllib.parse import unquote
 
 from rlhf_api.canonical import sha256_of
 from rlhf_api.errors import UserError
+from rlhf_api.package_source import package_path
 from rlhf_api.run import RLHFRun
 from rlhf_api.stage import StageSettings
 from rlhf_operator.stages import chain
@@ -54,21 +54,14 @@ def _local_path(field: str, source: str) -> Path | None:
     """Where a source lies on this machine; None if it lies elsewhere. A package is found without importing it."""
     scheme, _, rest = source.partition("://")
     if scheme == "file":
-        paths = [Path(unquote(rest))]
+        path = Path(unquote(rest))
     elif scheme == "package":
-        package, _, inner = rest.partition("/")
-        try:
-            spec = importlib.util.find_spec(package)
-        except (ImportError, ValueError):
-            spec = None
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError(f"{field}: {source}: no Python package {package!r} is installed; install it")
-        paths = [Path(location) / inner for location in spec.submodule_search_locations]
+        path = package_path(field, source)
     else:
         return None
-    if existing := next((path for path in paths if path.exists()), None):
-        return existing.resolve()
-    raise UserError(f"{field}: {source}: {paths[0]} does not exist; correct the path")
+    if path.exists():
+        return path.resolve()
+    raise UserError(f"{field}: {source}: {path} does not exist; correct the path")
 
 
 def _fingerprint(path: Path, known: dict[str, list[int | str]], kept: dict[str, list[int | str]]) -> str:

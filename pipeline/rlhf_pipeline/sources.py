@@ -1,6 +1,5 @@
 """Where models and tables come from: a folder, an installed package, an object store or the hub, as files by name."""
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from typing import Any, Protocol
 from urllib.parse import unquote
 
 from rlhf_api.errors import StoreError, UserError
+from rlhf_api.package_source import package_path
 from rlhf_api.stage import StoreConfig
 
 WEIGHTS = ".safetensors"
@@ -40,7 +40,7 @@ def open_files(source: str, revision: str | None, store: StoreConfig | None = No
         case "file":
             return LocalFiles(_local_folder(source, Path(unquote(path))))
         case "package":
-            return LocalFiles(_local_folder(source, _package_path(source, path)))
+            return LocalFiles(_local_folder(source, package_path("source", source)))
         case "s3":
             return BucketFiles(source, store)
         case "hf":
@@ -228,16 +228,3 @@ def _local_folder(source: str, folder: Path) -> Path:
     if not folder.is_dir():
         raise UserError(f"source: {source} is no folder of this machine")
     return folder
-
-
-def _package_path(source: str, path: str) -> Path:
-    """A path inside an installed package, found without importing it: its imports may be missing."""
-    top, _, inner = path.partition("/")
-    try:
-        spec = importlib.util.find_spec(top)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"source: {source}: no Python package {top!r} is installed; install it")
-    candidates = [Path(location) / inner for location in spec.submodule_search_locations]
-    return next((path for path in candidates if path.exists()), candidates[0])
