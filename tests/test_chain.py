@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import yaml
 from tiny import build_tiny_model
 
+from rlhf_api.names import PROGRESS_FILE
 from rlhf_operator.local import Home
 from rlhf_store.artifacts import Manifest, open_artifacts
 
@@ -32,7 +34,8 @@ KINDS = {
     "sft-adapter", "merged-model", "reward-model", "policy", "evaluation",
 }  # fmt: skip
 CHAIN_SECONDS = 900.0  # a calm machine needs a tenth
-TICKS = os.sysconf("SC_CLK_TCK")
+TRAINED = ("sft", "reward", "ppo")
+STEPS = 8  # of each trained stage
 
 GOOD = ("warm", "funny", "moving", "sharp", "tender")
 BAD = ("dull", "flat", "boring", "awful", "lifeless")
@@ -54,10 +57,10 @@ def spec(data: Path) -> dict[str, Any]:
         },
         "quantization": {"type": "none"},
         "lora": {"rank": 4, "layers": "top:1"},
-        "sft": steps | {"steps": 8, "checkpointSteps": 2},
-        "reward": steps | {"steps": 8, "checkpointSteps": 2, "minAccuracy": 0},
+        "sft": steps | {"steps": STEPS, "checkpointSteps": 2},
+        "reward": steps | {"steps": STEPS, "checkpointSteps": 2, "minAccuracy": 0},
         "ppo": {
-            "episodes": 32,
+            "episodes": 4 * STEPS,
             "batchSize": 4,
             "microBatchSize": 2,
             "epochs": 2,
@@ -79,8 +82,8 @@ class Folder:
     path: Path
     data: Path
     seconds: float = 0.0
-    cpu: dict[str, float] = field(default_factory=dict)
-    """Stage -> CPU seconds that its process had used when last seen."""
+    phases: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Stage -> phase that its first process was seen in -> seconds it stayed there."""
 
     def write(self, file: str = "run.yaml", **sections: dict[str, Any]) -> str:
         """Write the run's file, with some fields of some sections changed."""
@@ -97,18 +100,21 @@ class Folder:
             [RLHF, *arguments], cwd=self.path, text=True, capture_output=True, timeout=CHAIN_SECONDS, check=False
         )
 
-    def drive(self, seen: Callable[[str, int, float], None]) -> None:
-        """`rlhf run`; calls `seen(stage, pid, CPU seconds)` for each process of a first attempt again and again."""
-        began = time.monotonic()
+    def drive(self, seen: Callable[[str, int], None]) -> None:
+        """`rlhf run` to its end; calls `seen(stage, pid)` for the first process of each stage again and again."""
+        began = last = time.monotonic()
         with (self.path / "log").open("w") as log:
             process = subprocess.Popen([RLHF, "run", self.write()], cwd=self.path, stdout=log, stderr=log)
         try:
             while process.poll() is None:
-                assert time.monotonic() - began < CHAIN_SECONDS, self.words()
+                now = time.monotonic()
+                assert now - began < CHAIN_SECONDS, self.words()
                 for stage in STAGES:
-                    if (pid := self._first_process(stage)) and (used := cpu_seconds(pid)) is not None:
-                        self.cpu[stage] = used
-                        seen(stage, pid, used)
+                    if pid := self._first_process(stage):
+                        phases, phase = self.phases.setdefault(stage, {}), self._phase(stage)
+                        phases[phase] = phases.get(phase, 0.0) + now - last
+                        seen(stage, pid)
+                last = now
                 time.sleep(0.01)
         finally:
             if process.poll() is None:
@@ -116,6 +122,13 @@ class Folder:
                 process.wait()
         self.seconds = time.monotonic() - began
         assert process.returncode == 0, self.words()
+
+    def steps(self, stage: str) -> int:
+        """Steps that a running stage has logged."""
+        try:
+            return (self._run / stage / "work" / "output" / "logs" / "metrics.jsonl").read_bytes().count(b"\n")
+        except OSError:
+            return 0
 
     def attempts(self) -> dict[str, int]:
         """Stage -> the number of processes it ever had."""
@@ -134,23 +147,57 @@ class Folder:
         logs = [self.path / "log", *sorted((self.path / ".rlhf" / "runs" / NAME).glob("*/*/stage.log"))]
         return "\n".join(f"{log}:\n{log.read_text(errors='replace')[-1500:]}" for log in logs)
 
+    @property
+    def _run(self) -> Path:
+        return self.path / ".rlhf" / "runs" / NAME
+
     def _first_process(self, stage: str) -> int | None:
-        attempt = self.path / ".rlhf" / "runs" / NAME / stage / "1"
         try:
-            if json.loads((attempt / "attempt.json").read_text()).get("finished") is not None:
+            if json.loads((self._run / stage / "1" / "attempt.json").read_text()).get("finished") is not None:
                 return None
-            return int((attempt / "process.lock").read_text())
+            return int((self._run / stage / "1" / "process.lock").read_text())
         except (OSError, ValueError):  # not begun
             return None
 
+    def _phase(self, stage: str) -> str:
+        try:
+            return str(json.loads((self._run / stage / "work" / PROGRESS_FILE).read_text()).get("phase", ""))
+        except (OSError, ValueError):
+            return ""
 
-def cpu_seconds(pid: int) -> float | None:
-    """CPU seconds a process has used; None once it has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except OSError:
-        return None
-    return None if fields[0] == "Z" else (int(fields[11]) + int(fields[12])) / TICKS
+
+@dataclass
+class Killer:
+    """Kills the first process of every stage once: a trained one after a random step, others in a random phase."""
+
+    folder: Folder
+    moments: random.Random
+    calm: dict[str, dict[str, float]]  # Folder.phases of a run that nothing disturbed
+    plans: dict[str, tuple[str, float]] = field(default_factory=dict)  # stage -> phase, seconds into it
+    killed: dict[str, str] = field(default_factory=dict)  # stage -> where
+
+    def __post_init__(self) -> None:
+        for stage, phases in self.calm.items():
+            phase = self.moments.choice(list(phases)[:-1])  # the last one may be over before it is seen
+            self.plans[stage] = phase, self.moments.uniform(0, 0.9 * phases[phase])
+        self.after = {stage: self.moments.randint(1, STEPS - 1) for stage in TRAINED}
+
+    def __call__(self, stage: str, pid: int) -> None:
+        """Kill the process if its moment has come."""
+        if stage in self.killed or not self._due(stage):
+            return
+        where = f"{list(self.folder.phases[stage].items())[-1]}, step {self.folder.steps(stage)}"
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            self.killed[stage] = where
+
+    def _due(self, stage: str) -> bool:
+        if stage in TRAINED:
+            return self.folder.steps(stage) >= self.after[stage]
+        phase, seconds = self.plans[stage]
+        order, seen = list(self.calm[stage]), self.folder.phases[stage]
+        gone_by = any(order.index(other) > order.index(phase) for other in seen if other in order)
+        return gone_by or seen.get(phase, 0.0) >= seconds
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +221,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Folder:
     """A chain that nothing disturbed."""
     folder = Folder(tmp_path_factory.mktemp("finished"), data)
     folder.drive(lambda *_: None)
-    print(f"chain: {folder.seconds:.0f} s; CPU seconds of its stages: {folder.cpu}")
+    print(f"chain: {folder.seconds:.0f} s; seconds in each phase: {folder.phases}")
     return folder
 
 
@@ -188,7 +235,6 @@ def test_the_chain_makes_every_artifact_and_a_report(finished: Folder) -> None:
     figures = manifests["evaluation"].metadata["metrics"]
     assert figures["samples"] == 8
     assert figures["kl"] != 0  # the policy is not the reference
-    assert set(finished.cpu) == set(STAGES)
 
 
 def test_a_second_run_reuses_everything(finished: Folder) -> None:
@@ -225,21 +271,16 @@ def test_killed_at_random_moments_every_stage_ends_with_the_same_content(
     finished: Folder, data: Path, tmp_path: Path
 ) -> None:
     seed = random.randrange(10**6)
-    moments = random.Random(seed)
-    share = {stage: moments.uniform(0.02, 0.95) for stage in STAGES}
-    killed: dict[str, float] = {}
     print(f"seed {seed}")
-
-    def kill(stage: str, pid: int, used: float) -> None:
-        if stage not in killed and used >= share[stage] * finished.cpu[stage]:
-            os.kill(pid, signal.SIGKILL)
-            killed[stage] = used
-
     folder = Folder(tmp_path, data)
-    folder.drive(kill)
-    print(f"{folder.seconds:.0f} s; killed at CPU seconds: {killed}")
-    assert set(killed) == set(STAGES)
-    assert folder.attempts() == dict.fromkeys(STAGES, 2)
+    killer = Killer(folder, random.Random(seed), finished.phases)
+    folder.drive(killer)
+    attempts = folder.attempts()
+    print(f"{folder.seconds:.0f} s; killed in (phase, seconds): {killer.killed}; processes: {attempts}")
+    assert set(killer.killed) == set(STAGES)
+    # A process killed between its commit and its end is not run again.
+    assert set(attempts.values()) <= {1, 2}
+    assert {stage: attempts[stage] for stage in TRAINED} == dict.fromkeys(TRAINED, 2)
     expected, found = finished.manifests(), folder.manifests()
     assert {kind: m.digest for kind, m in found.items()} == {kind: m.digest for kind, m in expected.items()}
     assert {kind: m.content for kind, m in found.items()} == {kind: m.content for kind, m in expected.items()}
