@@ -9,7 +9,7 @@ demo: $(INSTALLED)  ## The whole chain on this machine: a real model, real revie
 	$(BIN)/rlhf run $(RUN)
 
 test: $(INSTALLED)  ## All tests that need no cluster
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest
 
 check: $(INSTALLED)  ## Format, lint, types, import contracts, generated files
 	$(BIN)/ruff format --check .

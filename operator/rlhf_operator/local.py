@@ -25,7 +25,7 @@ from rlhf_operator.stages import STAGES, Link, chain
 from rlhf_store.artifacts import Artifacts, open_artifacts
 
 PIPELINE: Final = (sys.executable, "-m", "rlhf_pipeline")
-POLL_SECONDS: Final = 0.2
+POLL_SECONDS: Final = 0.4
 ENDED: Final[frozenset[Phase]] = frozenset({"Succeeded", "Failed", "Suspended"})
 
 Show = Callable[[RunStatus, Observed], None]

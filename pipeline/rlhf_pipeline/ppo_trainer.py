@@ -128,7 +128,9 @@ class Trainer:
             self._check_start(difference, "KL of policy to reference")
             if self.settings.normalize_reward:
                 # The policy still is the reference: these are the reference's statistics (N+, "reward normalisation").
-                self.running.score_mean, self.running.score_std = float(raw.mean()), max(float(raw.std()), 1e-6)
+                spread = float(raw.std()) if len(raw) > 1 else 0.0
+                # Scores that are all alike, as a sparse reward's are at first, say nothing of the scale.
+                self.running.score_mean, self.running.score_std = float(raw.mean()), spread if spread > 1e-6 else 1.0
             if "reward" in self.roles.heads:
                 self.roles.start_critic(self.running.score_mean, self.running.score_std)
                 values = self._values(trunk, responses)

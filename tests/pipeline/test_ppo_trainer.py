@@ -131,6 +131,13 @@ def test_a_missing_eos_costs_the_penalty(tmp_path: Path) -> None:
     assert (trainer.last.score[~ended] == -3.0).all()
 
 
+def test_scores_that_are_all_alike_are_not_blown_up(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, score=lambda _, responses: torch.full((len(responses.ids),), 3.0))
+    trainer.step(*prompts())
+    assert (trainer.running.score_mean, trainer.running.score_std) == (3.0, 1.0)
+    assert not trainer.last.score.any()
+
+
 def test_the_critic_starts_as_the_scaled_reward_model(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, score=lambda trunk, _: trainer.roles.scores(trunk), learning_rate=1e-9)
     roles = trainer.roles
