@@ -6,7 +6,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from rlhf_api.canonical import canonical_json, sha256_of
 from rlhf_api.layout import CHECKPOINTS, LOGS
-from rlhf_api.run import Natural, Section
+from rlhf_api.run import Section
 from rlhf_api.stage import ArtifactKind, ArtifactRef, Digest
 
 
@@ -26,7 +26,7 @@ ArtifactPath = Annotated[str, AfterValidator(checked_path)]
 class FileEntry(Section):
     """One file: bytes and hex SHA-256."""
 
-    size: Natural
+    size: Annotated[int, Field(ge=0)]
     sha256: Digest
 
 

@@ -111,12 +111,21 @@ def surroundings() -> dict[str, Any]:
             found["versions"][package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    found["peakHostBytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found["peakHostBytes"] = _peak_resident_bytes()
     torch = sys.modules.get("torch")  # not imported for the asking: it takes seconds
     if torch and torch.cuda.is_available() and torch.cuda.is_initialized():
         found["device"] = torch.cuda.get_device_name()
         found["peakGpuBytes"] = max(torch.cuda.max_memory_reserved(i) for i in range(torch.cuda.device_count()))
     return found
+
+
+def _peak_resident_bytes() -> int:
+    # Not getrusage: across a fork its maximum is that of the process that started this one.
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _processor() -> str:
