@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf_api.errors import UserError
 from rlhf_api.quantity import bytes_of
@@ -82,6 +82,19 @@ def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=quantization.double_quant,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def vocabulary_logits(model: Any, hidden: Tensor) -> Tensor:
+    """Logits of final hidden states, as the model's own forward computes them: (..., vocabulary)."""
+    config = model.config.get_text_config()
+    logits: Tensor = model.get_output_embeddings()(hidden)
+    scale = getattr(config, "logit_scale", None)
+    if scale is not None:
+        logits = logits * scale
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from rlhf_api.errors import UserError
 from rlhf_api.run import Lora
 from rlhf_pipeline.adapters import save_adapter
-from rlhf_pipeline.models import adapted_layers, lora_config, stack_of
+from rlhf_pipeline.models import adapted_layers, lora_config, stack_of, vocabulary_logits
 
 Role = Literal["policy", "critic", "reward", "reference"]
 ADAPTERS: tuple[Role, ...] = ("policy", "critic", "reward")
@@ -130,15 +130,7 @@ class Roles:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits of final hidden states, as the model's own forward computes them: (..., vocabulary)."""
-        config = self.model.config.get_text_config()
-        logits: Tensor = self.model.get_output_embeddings()(hidden)
-        scale = getattr(config, "logit_scale", None)
-        if scale is not None:
-            logits = logits * scale
-        cap = getattr(config, "final_logit_softcapping", None)
-        if cap is not None:
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+        return vocabulary_logits(self.model, hidden)
 
     def scalar(self, role: Literal["critic", "reward"], hidden: Tensor) -> Tensor:
         """The role's scalar for each hidden state, in float32. hidden: (..., width); returns (...)."""

@@ -11,7 +11,8 @@ from rlhf_api.canonical import canonical_json
 from rlhf_api.errors import UserError
 from rlhf_api.run import SFT, Lora
 from rlhf_pipeline.adapters import save_adapter
-from rlhf_pipeline.models import device_of, load_base, load_tokenizer, lora_config
+from rlhf_pipeline.losses import chunked_logprobs
+from rlhf_pipeline.models import device_of, load_base, load_tokenizer, lora_config, vocabulary_logits
 from rlhf_pipeline.stage_process import Stage
 from rlhf_pipeline.training import (
     encode,
@@ -126,15 +127,15 @@ class HeldOutLoss:
 
 
 def held_out_loss(trainer: Any, rows: Sequence[Sequence[int]], pad: int) -> HeldOutLoss | None:
-    """The loss of the trainer's model on token ids, each token counting once; None without rows.
+    """The loss of the trainer's model on token ids, each token after the first counting once; None without any.
 
-    TRL gives the model a forward with a fused head, which returns log-probabilities and never holds all logits.
+    It never holds all logits. TRL's fused head would do so too, but compiles itself at its first call.
     """
     if not rows:
         return None
-    model, size = trainer.model, max(1, 4096 // max(len(row) for row in rows))
-    training = model.training
-    model.eval()
+    model, size = trainer.model.get_base_model(), max(1, 4096 // max(len(row) for row in rows))
+    training = trainer.model.training
+    trainer.model.eval()
     total, tokens = 0.0, 0
     for start in range(0, len(rows), size):
         batch = rows[start : start + size]
@@ -142,10 +143,9 @@ def held_out_loss(trainer: Any, rows: Sequence[Sequence[int]], pad: int) -> Held
         ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in batch], device=model.device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch], device=model.device)
         with torch.no_grad(), trainer.compute_loss_context_manager():
-            output = model(
-                input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), fused_lm_head=True
-            )
-        total -= output.log_probs.double().sum().item()
-        tokens += int(output.label_mask.sum())
-    model.train(training)
+            hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            logprobs, _ = chunked_logprobs(hidden[:, :-1], ids[:, 1:], lambda h: vocabulary_logits(model, h), 1.0)
+        total -= (logprobs.double() * mask[:, 1:]).sum().item()
+        tokens += int(mask[:, 1:].sum())
+    trainer.model.train(training)
     return HeldOutLoss(total / max(tokens, 1), tokens)
