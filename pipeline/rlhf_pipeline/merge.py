@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlhf_api.canonical import canonical_json
 from rlhf_api.errors import UserError
+from rlhf_api.quantity import bytes_of
 from rlhf_api.run import Merge
 from rlhf_pipeline.lora_update import LoraUpdate, read_adapter
 from rlhf_pipeline.sources import INDEX, LocalFiles, side_files, weight_files
@@ -30,8 +31,6 @@ from rlhf_pipeline.tensor_files import (
     read_headers,
     read_tensor,
 )
-
-UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def run(stage: Stage) -> dict[str, float]:
@@ -67,7 +66,7 @@ def write_merged(
     progress: called with the number of tensors written and of all. Raises UserError if the two do not fit each other.
     """
     plan = plan_merge(base, read_adapter(adapter), getattr(torch, merge.dtype))
-    shards = plan_shards(plan.tensors, _bytes(merge.shard_size))
+    shards = plan_shards(plan.tensors, bytes_of(merge.shard_size))
     done = 0
     for name, tensors in shards.items():
         with ShardWriter(target / name, tensors, plan.tensors) as writer:
@@ -187,8 +186,3 @@ def _drift(stage: Stage, base: Path, adapter: Path) -> dict[str, float] | None:
         return None
     device = device_of(stage.config.gpu)
     return measure_drift(base, adapter, stage.output, rows, settings.quantization, device)
-
-
-def _bytes(quantity: str) -> int:
-    unit = quantity.lstrip("0123456789.")
-    return int(float(quantity.removesuffix(unit) if unit else quantity) * UNITS.get(unit, 1))
