@@ -70,13 +70,15 @@ def measure(side: str, work: Path) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
 
     from rlhf_pipeline.merge import write_merged
+    from rlhf_pipeline.sources import LocalFiles
 
     target = work / "merged"
     target.mkdir()
     before = _peak_gib()
     began = time.monotonic()
     if side == "ours":
-        write_merged(work / "base", work / "adapter", target, Merge(), lambda *_: None)
+        base = LocalFiles(work / "base")
+        write_merged(base, work / "adapter", target, Merge(), progress=lambda *_: None, ship=lambda _: None)
     else:
         model = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.bfloat16)
         merged = PeftModel.from_pretrained(model, work / "adapter").merge_and_unload()

@@ -18,6 +18,7 @@ import yaml
 from tiny import build_tiny_model
 
 from rlhf_api.names import PROGRESS_FILE
+from rlhf_api.stage import StoreConfig
 from rlhf_operator.local import Home
 from rlhf_store.artifacts import Manifest, open_artifacts
 
@@ -81,6 +82,8 @@ class Folder:
 
     path: Path
     data: Path
+    options: tuple[str, ...] = ()
+    """Of `rlhf run`."""
     seconds: float = 0.0
     phases: dict[str, dict[str, float]] = field(default_factory=dict)
     """Stage -> phase that its first process was seen in -> seconds it stayed there."""
@@ -104,7 +107,9 @@ class Folder:
         """`rlhf run` to its end; calls `seen(stage, pid)` for the first process of each stage again and again."""
         began = last = time.monotonic()
         with (self.path / "log").open("w") as log:
-            process = subprocess.Popen([RLHF, "run", self.write()], cwd=self.path, stdout=log, stderr=log)
+            process = subprocess.Popen(
+                [RLHF, "run", self.write(), *self.options], cwd=self.path, stdout=log, stderr=log
+            )
         try:
             while process.poll() is None:
                 now = time.monotonic()
@@ -284,6 +289,25 @@ def test_killed_at_random_moments_every_stage_ends_with_the_same_content(
     expected, found = finished.manifests(), folder.manifests()
     assert {kind: m.digest for kind, m in found.items()} == {kind: m.digest for kind, m in expected.items()}
     assert {kind: m.content for kind, m in found.items()} == {kind: m.content for kind, m in expected.items()}
+
+
+@pytest.mark.s3
+def test_over_s3_the_content_is_the_same_and_a_second_run_reuses_it(
+    finished: Folder, data: Path, s3_store: StoreConfig, tmp_path: Path
+) -> None:
+    assert s3_store.endpoint
+    folder = Folder(tmp_path, data, ("--store", s3_store.url, "--endpoint", s3_store.endpoint))
+    folder.drive(lambda *_: None)
+    expected, found = finished.manifests(), folder.manifests()
+    assert {kind: m.digest for kind, m in found.items()} == {kind: m.digest for kind, m in expected.items()}
+    assert {kind: m.content for kind, m in found.items()} == {kind: m.content for kind, m in expected.items()}
+    elsewhere = Folder(tmp_path / "elsewhere", data)  # a machine that has nothing but the store
+    elsewhere.path.mkdir()
+    done = elsewhere.rlhf("run", elsewhere.write(), *folder.options, "--json")
+    assert done.returncode == 0, done.stderr
+    assert {stage["state"] for stage in json.loads(done.stdout)["stages"]} == {"Reused"}
+    report = (elsewhere.path / ".rlhf" / "runs" / NAME / "report.html").read_text()
+    assert "bag-of-words" in report
 
 
 def test_verify_names_a_file_with_one_byte_flipped(finished: Folder) -> None:

@@ -153,7 +153,7 @@ def budget(shape: ModelShape, spec: RunSpec) -> Budget:
     ppo, tokens = spec.ppo, spec.ppo.prompt_tokens + spec.ppo.response_tokens
     trunk = {"trunk": 0.0 if spec.lora.layers == "all" else ppo.batch_size * tokens * needs.width}
     forward = {"activations": FORWARD_SHARE * ppo.micro_batch_size * tokens * needs.working, "logits": needs.logits}
-    rows = min(ppo.rollout_batch_size or ppo.batch_size, ppo.batch_size)
+    rows = ppo.effective_rollout_batch_size
     phases = [Phase("any", "load", {"base": needs.base, "tensor in 16 bits": needs.largest})]
     if spec.data.sft is not None:
         held = spec.sft.micro_batch_size * spec.sft.sequence_length
@@ -207,7 +207,7 @@ def _largest(shape: ModelShape, spec: RunSpec, phase: Phase) -> int | None:
         "evaluate.batchSize": ("evaluate", "batch_size"),
     }[str(phase.knob)]
     settings = getattr(spec, section)
-    now = getattr(settings, field) or spec.ppo.batch_size
+    now = getattr(settings, field) or spec.ppo.effective_rollout_batch_size
     # Divisors of what it is now divide whatever that divides.
     for size in (part for part in range(now - 1, 0, -1) if now % part == 0):
         smaller = spec.model_copy(update={section: settings.model_copy(update={field: size})})

@@ -232,7 +232,7 @@ class PPO(Section):
     mini_batch_size: Positive | None = Field(None, description="Episodes an optimiser step. Default: batchSize / 4.")
     micro_batch_size: Positive = Field(8, description="Episodes a forward pass; divides miniBatchSize.")
     rollout_batch_size: Positive | None = Field(
-        None, description="Episodes decoded together; divides batchSize. Default: batchSize."
+        None, description="Episodes decoded together; divides batchSize. Default: its largest divisor up to 32."
     )
     epochs: Positive = Field(4, description="Passes over each rollout.")
     prompt_tokens: Positive = Field(64, description="Tokens of a prompt, at most.")
@@ -274,6 +274,12 @@ class PPO(Section):
         quarter, rest = divmod(self.batch_size, 4)
         fits = rest == 0 and quarter >= self.micro_batch_size and quarter % self.micro_batch_size == 0
         return self.mini_batch_size or (quarter if fits else self.batch_size)
+
+    @property
+    def effective_rollout_batch_size(self) -> int:
+        """Episodes decoded together: rolloutBatchSize, else the largest divisor of batchSize up to 32."""
+        divisors = (size for size in range(32, 0, -1) if self.batch_size % size == 0)
+        return self.rollout_batch_size or next(divisors)
 
 
 class Scorer(Section):

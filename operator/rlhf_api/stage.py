@@ -36,8 +36,8 @@ PROGRAM_VERSION: dict[Program, int] = {
     "sft": 1,
     "merge": 1,
     "reward": 1,
-    "ppo": 1,
-    "evaluate": 1,
+    "ppo": 2,
+    "evaluate": 2,
 }
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -166,9 +166,9 @@ class ArtifactWriter:
         self._artifacts = artifacts
         self._prefix = attempt_prefix(ref.kind, ref.digest, attempt)
 
-    def add_file(self, path: str, local: Path, move: bool = False) -> FileEntry:
-        """Write a local file as `path`, at once. With `move` the local file is given up, which saves a copy."""
-        digest = self._artifacts.objects.put_file(self._prefix + checked_path(path), local, move)
+    def add_file(self, path: str, local: Path, settled: bool = False) -> FileEntry:
+        """Write a local file as `path`, at once. `settled`: it will not be written again, which may save a copy."""
+        digest = self._artifacts.objects.put_file(self._prefix + checked_path(path), local, settled)
         self.files[path] = FileEntry(size=digest.size, sha256=digest.sha256)
         return self.files[path]
 
@@ -178,11 +178,12 @@ class ArtifactWriter:
         self.files[path] = FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest())
         return self.files[path]
 
-    def add_folder(self, folder: Path, move: bool = False) -> None:
-        """Write every file below a folder under its relative path; symbolic links are followed."""
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
+    def add_folder(self, folder: Path, settled: bool = False) -> None:
+        """Write every file below a folder that is not written yet, under its relative path; links are followed."""
+        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        missing = [path for path in files if path not in self.files]
         with ThreadPoolExecutor(SMALL_UPLOADS) as pool:
-            for _ in pool.map(lambda file: self.add_file(file.relative_to(folder).as_posix(), file, move), files):
+            for _ in pool.map(lambda path: self.add_file(path, files[path], settled), missing):
                 pass
 
     def commit(self, metadata: dict[str, Any]) -> Manifest:

@@ -14,6 +14,7 @@ from rlhf_api.errors import StoreError
 from rlhf_store.objects import FileDigest, ObjectInfo
 
 CHUNK = 1 << 20
+UNLINKABLE = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP)
 UNFINISHED = ".unfinished"  # beside the objects, so that a rename or link never crosses file systems
 
 
@@ -34,12 +35,10 @@ class FileObjects:
                 os.fsync(file.fileno())
             return self._place(temporary, key, exclusive=if_none_match)
 
-    def put_file(self, key: str, path: Path, move: bool = False) -> FileDigest:
+    def put_file(self, key: str, path: Path, settled: bool = False) -> FileDigest:
         with self._errors(key), self._unfinished() as temporary:
-            digest = _hash(temporary) if move and _rename(path, temporary) else _copy(path, temporary)
+            digest = _hash(temporary) if settled and _link(path, temporary) else _copy(path, temporary)
             self._place(temporary, key, exclusive=False)
-            if move:
-                path.unlink(missing_ok=True)
             return digest
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
@@ -163,14 +162,14 @@ def _hash(path: Path) -> FileDigest:
     return FileDigest(path.stat().st_size, digest)
 
 
-def _rename(source: Path, target: Path) -> bool:
-    """Whether the file could be moved: not across file systems, and not a link to another."""
+def _link(source: Path, target: Path) -> bool:
+    """Whether the file could be linked: not across file systems, and not one that has other names already."""
     if source.is_symlink() or source.stat().st_nlink > 1:
         return False
     try:
-        source.rename(target)
+        os.link(source, target)
     except OSError as error:
-        if error.errno != errno.EXDEV:
+        if error.errno not in UNLINKABLE:
             raise
         return False
     return True
@@ -198,6 +197,6 @@ def link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+        if error.errno not in UNLINKABLE:
             raise
         shutil.copyfile(source, target)

@@ -31,11 +31,11 @@ class Objects(Protocol):
     def put(self, key: str, data: bytes, if_none_match: bool = False) -> bool:
         """Write `data`. With `if_none_match`, False and no change if the key exists already."""
 
-    def put_file(self, key: str, path: Path, move: bool = False) -> FileDigest:
+    def put_file(self, key: str, path: Path, settled: bool = False) -> FileDigest:
         """Write a file of any size in bounded memory; returns its digest, taken in the same pass.
 
-        With `move` the local file is given up: it is gone afterwards, and a store on the same file system
-        renames it instead of copying.
+        With `settled` the local file will not be written again: a store on the same file system links it instead of
+        copying, and makes it read-only.
         """
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:

@@ -82,7 +82,7 @@ class S3Objects:
             self._need_if_none_match()
             return self._put_if_absent(key, data)
 
-    def put_file(self, key: str, path: Path, move: bool = False) -> FileDigest:
+    def put_file(self, key: str, path: Path, settled: bool = False) -> FileDigest:  # noqa: ARG002 - it is sent either way
         with self._errors(key):
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -95,8 +95,6 @@ class S3Objects:
                     part_size=max(PART, -(-size // MAX_PARTS)),
                     num_parallel_uploads=UPLOADS,
                 )
-            if move:
-                path.unlink()
             return FileDigest(size, reader.digest.hexdigest())
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:

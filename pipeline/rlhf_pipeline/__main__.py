@@ -93,10 +93,11 @@ def _outcome(config_file: Path, work: Path) -> tuple[StageResult, int]:
 def run_stage(stage: Stage) -> Manifest:
     """Run the stage's program, upload its output and commit it; returns the manifest that counts."""
     began = time.monotonic()
+    stage.progress.update(phase="loading")  # the program's libraries, which take seconds
     metrics = _checked(_program(stage.config.program)(stage), stage.config.stage)
     stage.progress.update(phase="committing")
     stage.close()
-    stage.writer.add_folder(stage.output, move=True)
+    stage.writer.add_folder(stage.output, settled=True)
     manifest = stage.writer.commit(
         {
             "metrics": metrics,

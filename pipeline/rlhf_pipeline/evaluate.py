@@ -144,7 +144,7 @@ class Bench:
             targets = responses.response_ids[part]
             # The state before a token is the hidden state one position to its left.
             hidden = self.roles.hidden(role, trunk.rows(part))[:, -targets.shape[1] - 1 : -1]
-            found.append(chunked_logprobs(hidden, targets, self.roles.logits, temperature)[0])
+            found.append(chunked_logprobs(hidden, targets, self.roles.logits, temperature))
         return torch.cat(found)
 
 

@@ -31,7 +31,7 @@ def import_model(stage: Stage) -> dict[str, float]:
         names = sorted(path.name for path in stage.output.glob("*.safetensors"))
         for name in names:
             weights.add(stage.output / name)
-            stage.writer.add_file(name, stage.output / name, move=True)
+            stage.writer.add_file(name, stage.output / name, settled=True)
     else:
         from transformers import AutoTokenizer
 
@@ -45,7 +45,10 @@ def import_model(stage: Stage) -> dict[str, float]:
             stage.progress.update(step=number, total=len(names), phase="copying weights")
             path = files.fetch(name, stage.work / "source")
             weights.add(path)
-            stage.writer.add_file(name, path, move=not isinstance(files, LocalFiles))
+            fetched = not isinstance(files, LocalFiles)
+            stage.writer.add_file(name, path, settled=fetched)
+            if fetched:
+                path.unlink()
 
     stage.progress.update(step=len(names), total=len(names), phase="checking")
     facts = save_tokenizer(tokenizer, model.pad_token, vocabulary_of(stage.output), stage.output)

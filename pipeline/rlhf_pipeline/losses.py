@@ -5,10 +5,10 @@ Source, unless said otherwise: "The N+ Implementation Details of RLHF with PPO" 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -98,38 +98,67 @@ def value_loss(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip:
     return loss, ((clipped > plain) & mask).sum()
 
 
+LogitsOf = Callable[[Tensor], Tensor]
+"""(rows, width) -> (rows, vocabulary)."""
+CHUNK = 512  # rows of logits held at once
+
+
 def chunked_logprobs(
-    hidden: Tensor,
-    targets: Tensor,
-    logits_of: Callable[[Tensor], Tensor],
-    temperature: float,
-    chunk: int = 512,
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target token, and the entropy there, never holding more than `chunk` rows of logits.
+    hidden: Tensor, targets: Tensor, logits_of: LogitsOf, temperature: float, chunk: int = CHUNK
+) -> Tensor:
+    """Log-probability of each target token, never holding more than `chunk` rows of logits.
 
-    hidden: (batch, response, width); targets: (batch, response). logits_of: (rows, width) -> (rows, vocabulary).
-    Returns (logprobs, entropy), both (batch, response) in float32; entropy carries no gradient. In the backward pass
-    each chunk's logits are computed again.
+    hidden: (batch, response, width); targets: (batch, response). Returns (batch, response) in float32.
+    A token's log-probability depends on its own hidden state alone, so its gradient is taken in the forward pass,
+    while the logits are there, and scaled in the backward pass: they are never computed twice. The output layer's own
+    weights get no gradient.
     """
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    ids = targets.reshape(-1)
+    rows, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    parts = [
+        _Logprobs.apply(h, target, logits_of, temperature)
+        for h, target in zip(rows.split(chunk), ids.split(chunk), strict=True)
+    ]
+    return torch.cat(parts).view(targets.shape)
 
-    def of_chunk(h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        logits = logits_of(h).float() / temperature
-        logprobs = torch.log_softmax(logits, -1)
-        with torch.no_grad():
-            entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return logprobs.gather(-1, target[:, None]).squeeze(-1), entropy
 
+@torch.no_grad()
+def chunked_logprobs_and_entropy(
+    hidden: Tensor, targets: Tensor, logits_of: LogitsOf, temperature: float, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor]:
+    """The same without gradients, and the entropy of each token's distribution, both (batch, response)."""
     parts = []
+    rows, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     for h, target in zip(rows.split(chunk), ids.split(chunk), strict=True):
-        if torch.is_grad_enabled() and h.requires_grad:
-            parts.append(checkpoint(of_chunk, h, target, use_reentrant=False))
-        else:
-            parts.append(of_chunk(h, target))
-    logprobs = torch.cat([part[0] for part in parts]).view(targets.shape)
-    entropy = torch.cat([part[1] for part in parts]).view(targets.shape)
+        logprobs = torch.log_softmax(logits_of(h).float() / temperature, -1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        parts.append((logprobs.gather(-1, target[:, None]).squeeze(-1), entropy))
+    logprobs, entropy = (torch.cat(column).view(targets.shape) for column in zip(*parts, strict=True))
     return logprobs, entropy
+
+
+class _Logprobs(torch.autograd.Function):
+    """Rows of hidden states, (rows, width), to the log-probability of each row's target, (rows,)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, logits_of: LogitsOf, temperature: float) -> Tensor:
+        if not ctx.needs_input_grad[0]:
+            return _row_logprobs(hidden, targets, logits_of, temperature)
+        with torch.enable_grad():
+            own = hidden.detach().requires_grad_()
+            logprobs = _row_logprobs(own, targets, logits_of, temperature)
+            (gradient,) = torch.autograd.grad(logprobs.sum(), own)
+        ctx.save_for_backward(gradient)
+        return logprobs.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer[0][:, None].to(gradient.dtype), None, None, None
+
+
+def _row_logprobs(hidden: Tensor, targets: Tensor, logits_of: LogitsOf, temperature: float) -> Tensor:
+    logits = logits_of(hidden).float() / temperature
+    return logits.gather(-1, targets[:, None]).squeeze(-1) - torch.logsumexp(logits, -1)
 
 
 def next_kl_coefficient(coefficient: float, kl: float, target: float, horizon: int, episodes: int) -> float:

@@ -16,6 +16,7 @@ from rlhf_api.errors import RLHFError, TrainingError
 from rlhf_api.run import PPO
 from rlhf_pipeline.losses import (
     chunked_logprobs,
+    chunked_logprobs_and_entropy,
     explained_variance,
     gae,
     masked_mean,
@@ -108,7 +109,7 @@ class Trainer:
         # 1. Roll out. The seed depends on the rollout alone, so a resumed run draws what an uninterrupted one does.
         torch.manual_seed(self.seed * 1_000_003 + self.running.rollouts)
         self.roles.activate("policy")
-        responses = rollout(self.roles.model, ids, mask, self.sampling, self.settings.rollout_batch_size)
+        responses = rollout(self.roles.model, ids, mask, self.sampling, self.settings.effective_rollout_batch_size)
         _release(ids.device)  # the cache is gone; hand its memory to training
         clock.lap("rollout")
 
@@ -199,8 +200,13 @@ class Trainer:
         columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for part in micro_batches(len(responses.ids), self.settings.micro_batch_size):
             trunk = self.roles.trunk(responses.ids[part], responses.mask[part])
-            logprobs, entropy = self._logprobs("policy", trunk, responses.response_ids[part])
-            reference, _ = self._logprobs("reference", trunk, responses.response_ids[part])
+            logprobs, entropy = chunked_logprobs_and_entropy(
+                self._before_response(self.roles.hidden("policy", trunk)),
+                responses.response_ids[part],
+                self.roles.logits,
+                self.settings.temperature,
+            )
+            reference = self._logprobs("reference", trunk, responses.response_ids[part])
             columns.append((logprobs, entropy, reference, self._response_values(trunk)))
             if trunk.hidden is not None:
                 hidden.append(trunk.hidden)
@@ -213,13 +219,16 @@ class Trainer:
             parts = micro_batches(len(responses.ids), self.settings.micro_batch_size)
             return torch.cat([self._response_values(trunk.rows(part)) for part in parts])
 
-    def _logprobs(self, role: Role, trunk: Trunk, response_ids: Tensor) -> tuple[Tensor, Tensor]:
-        # The state before a token is the hidden state one position to its left.
-        hidden = self.roles.hidden(role, trunk)[:, -response_ids.shape[1] - 1 : -1]
+    def _logprobs(self, role: Role, trunk: Trunk, response_ids: Tensor) -> Tensor:
+        hidden = self._before_response(self.roles.hidden(role, trunk))
         return chunked_logprobs(hidden, response_ids, self.roles.logits, self.settings.temperature)
 
+    def _before_response(self, of_positions: Tensor) -> Tensor:
+        """What stands at the position before each response token, which is where the token is foretold."""
+        return of_positions[:, -self.settings.response_tokens - 1 : -1]
+
     def _response_values(self, trunk: Trunk) -> Tensor:
-        return self.roles.values(trunk)[:, -self.settings.response_tokens - 1 : -1]
+        return self._before_response(self.roles.values(trunk))
 
     def _update(self, batch: Batch, first: bool) -> dict[str, float]:
         settings = self.settings
@@ -237,7 +246,7 @@ class Trainer:
                     part = part.to(batch.mask.device)
                     mask, old = batch.mask[part], batch.logprobs[part]
                     trunk = batch.trunk.rows(part)
-                    new, _ = self._logprobs("policy", trunk, batch.response_ids[part])
+                    new = self._logprobs("policy", trunk, batch.response_ids[part])
                     if first and epoch == 0 and minis == 0:
                         self._check_start((new - old) * mask, "log ratio of the first mini-batch")
                     loss, clipped = policy_loss(new, old, batch.advantages[part], mask, settings.clip_range)

@@ -144,7 +144,7 @@ def held_out_loss(trainer: Any, rows: Sequence[Sequence[int]], pad: int) -> Held
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch], device=model.device)
         with torch.no_grad(), trainer.compute_loss_context_manager():
             hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            logprobs, _ = chunked_logprobs(hidden[:, :-1], ids[:, 1:], lambda h: vocabulary_logits(model, h), 1.0)
+            logprobs = chunked_logprobs(hidden[:, :-1], ids[:, 1:], lambda h: vocabulary_logits(model, h), 1.0)
         total -= (logprobs.double() * mask[:, 1:]).sum().item()
         tokens += int(mask[:, 1:].sum())
     trainer.model.train(training)

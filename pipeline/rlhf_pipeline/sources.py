@@ -30,6 +30,13 @@ class Files(Protocol):
         """A local copy of one file: the original where it is local, otherwise written below `into`."""
 
 
+class RangedFiles(Files, Protocol):
+    """Files of which a part can be read without the rest."""
+
+    def read(self, name: str, start: int, length: int) -> bytes:
+        """The bytes [start, start + length) of one file."""
+
+
 def open_files(source: str, revision: str | None, store: StoreConfig | None = None) -> Files:
     """The files under `source`, a folder. `store` tells the endpoint and region of an s3:// source.
 
@@ -124,6 +131,12 @@ class LocalFiles:
     def fetch(self, name: str, into: Path) -> Path:  # noqa: ARG002  (the original is used)
         """The file itself."""
         return self.root / name
+
+    def read(self, name: str, start: int, length: int) -> bytes:
+        """The bytes [start, start + length) of one file."""
+        with (self.root / name).open("rb") as file:
+            file.seek(start)
+            return file.read(length)
 
 
 class BucketFiles:

@@ -5,7 +5,7 @@ Format: 8 bytes of header length, a JSON header of {name: dtype, shape, data_off
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -45,19 +45,28 @@ class TensorEntry:
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
-    """The tensors of one safetensors file, in the order of their bytes.
+    """The tensors of one safetensors file of this machine, in the order of their bytes. Raises as parse_header does."""
+    with file.open("rb") as stream:
+
+        def read(start: int, length: int) -> bytes:
+            stream.seek(start)
+            return stream.read(length)
+
+        return parse_header(file, file.stat().st_size, read)
+
+
+def parse_header(file: Path, size: int, read: Callable[[int, int], bytes]) -> dict[str, TensorEntry]:
+    """The tensors of one safetensors file of `size` bytes, in the order of their bytes; `read` takes start and length.
 
     Raises UserError if it is no whole safetensors file, or holds types other than plain floats and integers.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise UserError(f"{file.name} is truncated or no safetensors file ({size} bytes); copy it again")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise UserError(f"{file.name} is no safetensors file: its header is not JSON; copy it again") from error
+    length = int.from_bytes(read(0, min(8, size)), "little")
+    if size < 8 or length > size - 8:
+        raise UserError(f"{file.name} is truncated or no safetensors file ({size} bytes); copy it again")
+    try:
+        header = json.loads(read(8, length))
+    except ValueError as error:
+        raise UserError(f"{file.name} is no safetensors file: its header is not JSON; copy it again") from error
     header.pop("__metadata__", None)
     entries = {}
     for name, about in header.items():
@@ -71,14 +80,6 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             raise UserError(f"{file.name} is truncated: {name} ends at byte {end} of {size}; copy it again")
         entries[name] = TensorEntry(file, dtype, shape, start, end)
     return dict(sorted(entries.items(), key=lambda item: item[1].start))
-
-
-def read_headers(files: Iterable[Path]) -> dict[str, TensorEntry]:
-    """The tensors of several files, file by file."""
-    entries: dict[str, TensorEntry] = {}
-    for file in files:
-        entries |= read_header(file)
-    return entries
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:

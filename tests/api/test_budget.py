@@ -122,14 +122,15 @@ def test_a_shape_survives_the_round_trip_through_figures() -> None:
     assert ModelShape.from_figures({"parameters": 2e10}) is None
 
 
-def test_the_defaults_fit_20b_on_24_gib_with_a_smaller_rollout() -> None:
-    assert not budget(SHAPE, spec()).fits
-    assert suggestions(SHAPE, spec()) == [
+def test_the_defaults_fit_20b_on_24_gib() -> None:
+    assert budget(SHAPE, spec()).fits
+    assert suggestions(SHAPE, spec()) == []
+
+
+def test_a_rollout_too_large_is_named_with_the_one_that_fits() -> None:
+    assert suggestions(SHAPE, spec(ppo={"rolloutBatchSize": 64})) == [
         "ppo rollout needs 24.2 GiB of 23.0: set ppo.rolloutBatchSize to 32",
     ]
-    fitting = spec(ppo={"rolloutBatchSize": 32})
-    assert budget(SHAPE, fitting).fits
-    assert suggestions(SHAPE, fitting) == []
 
 
 def test_what_no_batch_size_helps_is_said() -> None:

@@ -141,7 +141,7 @@ def test_chunked_logprobs_equal_full_ones_and_never_hold_all_logits() -> None:
 
     watch = LargestTensor()
     with watch:
-        ours, entropy = losses.chunked_logprobs(hidden, targets, head, 0.7, chunk)
+        ours = losses.chunked_logprobs(hidden, targets, head, 0.7, chunk)
         (ours * weights).sum().backward()
     assert watch.elements <= max(chunk * vocabulary, head.weight.numel())
     gradient, hidden.grad = hidden.grad, None
@@ -153,9 +153,17 @@ def test_chunked_logprobs_equal_full_ones_and_never_hold_all_logits() -> None:
 
     assert torch.allclose(ours, full, atol=1e-5)
     assert torch.allclose(gradient, hidden.grad, atol=1e-5)
+    assert head.weight.grad is None
+
+
+def test_logprobs_with_entropy() -> None:
+    torch.manual_seed(0)
+    head, hidden = nn.Linear(8, 100, bias=False), torch.randn(3, 7, 8)
+    targets = torch.randint(0, 100, (3, 7))
+    logprobs, entropy = losses.chunked_logprobs_and_entropy(hidden, targets, head, 0.7, chunk=5)
+    assert torch.allclose(logprobs, full_logprobs(hidden, targets, head, 0.7), atol=1e-5)
     probabilities = torch.softmax(head(hidden) / 0.7, -1)
     assert torch.allclose(entropy, -(probabilities * probabilities.log()).sum(-1), atol=1e-4)
-    assert not entropy.requires_grad
 
 
 def test_kl_controller_moves_towards_its_target() -> None:

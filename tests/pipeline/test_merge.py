@@ -15,6 +15,7 @@ from rlhf_api.errors import UserError
 from rlhf_api.run import Lora, Merge
 from rlhf_pipeline.merge import write_merged
 from rlhf_pipeline.models import lora_config
+from rlhf_pipeline.sources import LocalFiles
 
 torch.set_num_threads(1)
 FLOAT32 = Merge(dtype="float32")
@@ -40,14 +41,15 @@ def merged_by_peft(base: Path, adapter: Path, dtype: torch.dtype) -> Any:
     return PeftModel.from_pretrained(model, adapter).merge_and_unload()
 
 
-def unseen(done: int, total: int) -> None:
-    """Progress that nobody looks at."""
+def write(base: Path, adapter: Path, target: Path, settings: Merge) -> None:
+    """write_merged with nobody looking on."""
+    write_merged(LocalFiles(base), adapter, target, settings, progress=lambda *_: None, ship=lambda _: None)
 
 
 def merge(base: Path, adapter: Path, target: Path, settings: Merge = FLOAT32) -> dict[str, torch.Tensor]:
     """Merge into `target` and return the state of the model that transformers loads from it."""
     target.mkdir()
-    write_merged(base, adapter, target, settings, unseen)
+    write(base, adapter, target, settings)
     model, info = AutoModelForCausalLM.from_pretrained(target, dtype="auto", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -141,7 +143,7 @@ def test_the_same_merge_writes_the_same_bytes(llama: Path, tmp_path: Path) -> No
     adapter = make_adapter(llama, tmp_path / "adapter")
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        write_merged(llama, adapter, tmp_path / name, Merge(), unseen)
+        write(llama, adapter, tmp_path / name, Merge())
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_api.run import SFT, Lora, Merge, Quantization
 from rlhf_api.stage import StageConfig
+from rlhf_pipeline.__main__ import run_stage
 from rlhf_pipeline.adapters import save_adapter
 from rlhf_pipeline.drift import BATCH_TOKENS, TOKENS, few_rows
 from rlhf_pipeline.models import load_tokenizer, lora_config
@@ -27,9 +28,13 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageRuns:
     return StageRuns(tmp_path)
 
 
-def config(runs: StageRuns, quantization: Quantization, held_out: list[str]) -> StageConfig:
+def config(
+    runs: StageRuns, quantization: Quantization, held_out: list[str], shards: str = "1GB", shard_size: str = "2Gi"
+) -> StageConfig:
     base = build_tiny_model(runs.root / "base", hidden=64)
     model = AutoModelForCausalLM.from_pretrained(base)
+    (base / "model.safetensors").unlink()
+    model.save_pretrained(base, max_shard_size=shards)
     adapted = get_peft_model(model, lora_config(LORA, model, top=False))
     generator = torch.Generator().manual_seed(3)
     for name, parameter in adapted.named_parameters():
@@ -42,7 +47,7 @@ def config(runs: StageRuns, quantization: Quantization, held_out: list[str]) -> 
         "adapter": runs.put("sft-adapter", runs.root / "sft"),
         "data": runs.put_tables("sft-data", {"text": TEXTS}, {"text": held_out}),
     }
-    merge = Merge(dtype="float32")
+    merge = Merge(dtype="float32", shard_size=shard_size)
     return runs.config("merge", inputs, quantization=quantization, lora=LORA, sft=SFT(), merge=merge)
 
 
@@ -78,6 +83,34 @@ def test_without_held_out_texts_the_model_is_merged_and_no_drift_reported(runs: 
     folder = runs.fetch(runs.run(config(runs, Quantization(type="none"), [])))
     assert "drift" not in json.loads((folder / "report.json").read_text())
     assert (folder / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("held_out", "at_once"), [([], 3), (TEXTS, None)], ids=["no drift", "drift"])
+def test_weight_files_pass_one_by_one(
+    runs: StageRuns, monkeypatch: pytest.MonkeyPatch, held_out: list[str], at_once: int | None
+) -> None:
+    stage_config = config(runs, Quantization(type="none"), held_out, shards="20KB", shard_size="20k")
+    stage = runs.stage(stage_config)
+    most = 0
+
+    def look(**_: object) -> None:
+        nonlocal most
+        most = max(most, len(list(stage.work.rglob("model*.safetensors"))))
+
+    monkeypatch.setattr(stage.progress, "update", look)
+    manifest = run_stage(stage)
+    stage.close()
+    base = [path for path in runs.artifacts.need(stage_config.inputs["model"]).files if path.endswith(".safetensors")]
+    merged = [path for path in manifest.files if path.endswith(".safetensors")]
+    assert len(base) > 3
+    assert len(merged) > 3
+    # without a drift to measure: one file of the base, one being written, one being sent
+    assert most <= (at_once or len(base) + len(merged))
+    assert at_once or most == len(base) + len(merged)
+    whole = StageRuns(runs.root / "whole")
+    expected = whole.fetch(whole.run(config(whole, Quantization(type="none"), held_out)))
+    states = [AutoModelForCausalLM.from_pretrained(each).state_dict() for each in (runs.fetch(manifest), expected)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
 
 
 def test_few_rows_bound_the_work() -> None:

@@ -11,7 +11,7 @@ from sample_run import evaluation, ppo_curve, run_records
 
 from rlhf_pipeline.report.charts import Interval, axis, histogram, intervals, line, number
 from rlhf_pipeline.report.curves import MAX_POINTS, figures, thinned
-from rlhf_pipeline.report.page import comparisons, percent, render, settings_text, short
+from rlhf_pipeline.report.page import comparisons, memory_rows, percent, render, settings_text, short
 from rlhf_pipeline.report.verdict import verdict
 
 HOSTILE = (
@@ -130,6 +130,39 @@ def test_settings_are_the_spec_put_together_again() -> None:
     assert "dropout: 0.05" in text  # sft's, although PPO runs without
     assert "fingerprint" not in text
     assert text.index("model:") < text.index("data:") < text.index("sft:\n  steps") < text.index("ppo:\n")
+
+
+def test_the_memory_estimate_stands_beside_the_measured_peak() -> None:
+    gpu = {"memory": "24Gi", "count": 1}
+    shape = {
+        "hidden": 576,
+        "layers": 30,
+        "heads": 9,
+        "kv_heads": 3,
+        "head_size": 64,
+        "intermediate": 1536,
+        "mlp_matrices": 3,
+        "vocabulary": 49152,
+        "positions": 8192,
+        "tied": 1,
+    }
+    records = []
+    for record in run_records():
+        metadata = {**record.metadata, "config": {**record.metadata["config"], "gpu": gpu}}
+        if record.stage == "import-model":
+            metadata["metrics"] = shape
+        elif record.stage in ("sft", "ppo"):
+            metadata["peakGpuBytes"] = 2 * 2**30
+        records.append(replace(record, metadata=metadata))
+    rows = {row["stage"]: row for row in memory_rows(records)}
+    assert set(rows) == {"sft", "ppo"}
+    assert rows["ppo"]["measured"] == 2 * 2**30
+    assert [name for name, _ in rows["ppo"]["phases"]] == ["rollout", "score", "train"]
+    assert rows["ppo"]["estimated"] == max(size for _, size in rows["ppo"]["phases"]) > 0.1 * 2**30
+    page = render("on a GPU", records, 1.79e9)
+    assert "estimated and measured" in page
+    assert "2.00 GiB" in page
+    assert memory_rows(run_records()) == []  # on a CPU
 
 
 def rises(reward: tuple[float, float], **scorers: tuple[float, float]) -> dict[str, object]:

@@ -286,7 +286,7 @@ def run(stage):
     source = stage.input("model") / "w.safetensors"
     large = stage.work / "large"
     large.write_bytes(source.read_bytes() * 2)
-    stage.writer.add_file("w.safetensors", large, move=True)
+    stage.writer.add_file("w.safetensors", large, settled=True)
     (stage.output / "config.json").write_text("{}")
     return {}
 """

@@ -72,14 +72,41 @@ def test_a_later_writer_gets_the_winners_manifest_and_leaves_nothing(artifacts: 
     assert keys(artifacts) == before
 
 
-def test_a_moved_file_is_gone_and_stored(artifacts: Artifacts, tmp_path: Path) -> None:
+def test_a_settled_file_stays_and_is_stored_without_a_copy_where_it_can_be(
+    artifacts: Artifacts, tmp_path: Path
+) -> None:
     local = tmp_path / "local"
     local.write_bytes(b"data")
     writer = artifacts.writer(REF, "1")
-    writer.add_file("a", local, move=True)
+    writer.add_file("a", local, settled=True)
     writer.commit({})
-    assert not local.exists()
+    if stored := artifacts.objects.path(attempt_prefix(REF.kind, REF.digest, "1") + "a"):
+        assert stored.samefile(local)
     assert content(artifacts.fetch(REF, tmp_path / "out")) == {"a": b"data"}
+    assert local.read_bytes() == b"data"
+
+
+def test_a_settled_file_with_another_name_is_copied(artifacts: Artifacts, tmp_path: Path) -> None:
+    local, other = tmp_path / "local", tmp_path / "other"
+    local.write_bytes(b"data")
+    other.hardlink_to(local)
+    writer = artifacts.writer(REF, "1")
+    writer.add_file("a", local, settled=True)
+    writer.commit({})
+    other.write_bytes(b"DATA")  # by somebody who knows only this name
+    assert content(artifacts.fetch(REF, tmp_path / "out")) == {"a": b"data"}
+
+
+def test_a_folder_adds_what_was_not_sent_before(artifacts: Artifacts, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("early", "late"):
+        (tmp_path / "in" / name).write_text(name)
+    writer = artifacts.writer(REF, "1")
+    writer.add_file("early", tmp_path / "in" / "early")
+    (tmp_path / "in" / "early").write_text("changed since")
+    writer.add_folder(tmp_path / "in")
+    writer.commit({})
+    assert content(artifacts.fetch(REF, tmp_path / "out")) == {"early": b"early", "late": b"late"}
 
 
 def test_only_matching_files_are_fetched(artifacts: Artifacts, tmp_path: Path) -> None:

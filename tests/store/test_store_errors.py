@@ -109,14 +109,14 @@ writer = artifacts.writer(ArtifactRef(kind="model", digest="b" * 64), "1")
 writes = [
     lambda: writer.add_bytes("a", bytes(4 << 20)),
     lambda: writer.add_file("a", local),
-    lambda: writer.add_file("a", local, move=True),
+    lambda: writer.add_file("a", local, settled=True),
 ]
 for write in writes:
     try:
         write()
     except StoreError as error:
         print(error)
-assert local.stat().st_size == 4 << 20, "a move that failed keeps the local file"
+assert local.stat().st_size == 4 << 20, "the local file is whole"
 assert artifacts.verify(done) == []
 assert not list((folder / ".unfinished").iterdir())
 """
@@ -140,7 +140,7 @@ def test_file_size_limit(tmp_path: Path) -> None:
     limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, 2 << 20))\n{FULL_DISK}"
     limited = limited.replace("local.write_bytes(bytes(4 << 20))", "").replace("assert local", "assert True or local")
     (tmp_path / "f").write_bytes(bytes(4 << 20))
-    limited = limited.replace('    lambda: writer.add_file("a", local, move=True),\n', "")
+    limited = limited.replace('    lambda: writer.add_file("a", local, settled=True),\n', "")
     ran = subprocess.run(
         [sys.executable, "-c", limited, tmp_path / "disk", tmp_path / "f"], capture_output=True, text=True, check=False
     )

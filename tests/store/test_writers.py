@@ -31,7 +31,7 @@ for number in range(PARTS):
     writer.add_bytes(f"part-{number}", f"{attempt}-{number}".encode() * size)
 local = Path(sys.argv[4], f"local-{attempt}")
 local.write_bytes(attempt.encode() * size)
-writer.add_file("file", local, move=True)
+writer.add_file("file", local, settled=True)
 print(writer.commit({}).to_bytes().decode(), flush=True)
 """
 )

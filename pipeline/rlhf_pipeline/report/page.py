@@ -8,6 +8,9 @@ from typing import Any
 
 import yaml
 
+from rlhf_api.budget import ModelShape, Phase
+from rlhf_api.budget import budget as estimate
+from rlhf_api.run import RunSpec
 from rlhf_pipeline.report.charts import Interval, axis, histogram, intervals, number
 from rlhf_pipeline.report.curves import Figure, figures
 from rlhf_pipeline.report.records import Record, ancestors, read_folder
@@ -72,7 +75,8 @@ def render(run: str, records: Sequence[Record], made_at: float) -> str:
         training={name: figures(stages[name]) for name in ("ppo", "reward", "sft") if name in stages},
         samples=stages["ppo"].samples[-24:] if "ppo" in stages else [],
         rows=stage_rows(records),
-        budget=budget(records),
+        gpu_memory=gpu_memory(records),
+        memory=memory_rows(records),
         settings=settings_text(records),
         versions=versions(records),
         records=records,
@@ -154,29 +158,57 @@ def stage_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
     ]
 
 
-def budget(records: Sequence[Record]) -> str | None:
+def memory_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Each stage on the GPU: its measured peak and the phases that were estimated for it, in bytes. Empty on a CPU."""
+    spec = spec_of(records)
+    imported = next((record for record in records if record.stage == "import-model"), None)
+    shape = ModelShape.from_figures(imported.metadata.get("metrics", {})) if imported else None
+    measured = {record.stage: record.metadata.get("peakGpuBytes") for record in records}
+    if shape is None or not any(measured.values()):
+        return []
+    estimated: dict[str, list[Phase]] = {}
+    for phase in estimate(shape, RunSpec.model_validate(spec)).phases:
+        estimated.setdefault(phase.stage, []).append(phase)
+    return [
+        {
+            "stage": stage,
+            "measured": peak,
+            "estimated": max(phase.total for phase in estimated[stage]),
+            "phases": [(phase.name, phase.total) for phase in estimated[stage]],
+        }
+        for stage, peak in measured.items()
+        if peak and stage in estimated
+    ]
+
+
+def gpu_memory(records: Sequence[Record]) -> str | None:
     """The memory of the GPU that the run asked for; None on a CPU."""
-    for record in reversed(records):
-        gpu = record.metadata.get("config", {}).get("gpu", {})
-        if gpu.get("count", 0) > 0:
-            return str(gpu["memory"])
-    return None
+    gpu = spec_of(records).get("gpu", {})
+    return str(gpu["memory"]) if gpu.get("count", 0) > 0 else None
 
 
-def settings_text(records: Sequence[Record]) -> str:
-    """The spec as YAML, put together from the parts that each stage read."""
+def spec_of(records: Sequence[Record]) -> dict[str, Any]:
+    """The run's spec, put together from the parts that each stage read."""
     merged: dict[str, Any] = {}
     for record in records:
         merged |= record.settings
+        config = record.metadata.get("config", {})
+        merged |= {name: config[name] for name in ("gpu", "tracking") if config.get(name)}
     if sft := next((record.settings.get("lora") for record in records if record.stage == "sft"), None):
         # Only sft reads dropout and useDora; it is given `all` for the layers, the later stages the run's own.
         merged["lora"] = {**sft, "layers": merged["lora"]["layers"]}
-    merged.pop("fingerprint", None)
     data = {"sftData": "sft", "preferenceData": "preferences", "promptData": "prompts", "evaluationData": "evaluation"}
-    spec: dict[str, Any] = {name: value for name, value in merged.items() if name not in {*data, "promptTokens"}}
+    spec = {name: value for name, value in merged.items() if name not in {*data, "promptTokens", "fingerprint"}}
     if tables := {short: merged[name] for name, short in data.items() if name in merged}:
         spec["data"] = tables
-    order = ["model", "data", "quantization", "lora", "sft", "merge", "reward", "ppo", "evaluate", "seed"]
+    return spec
+
+
+def settings_text(records: Sequence[Record]) -> str:
+    """The spec as YAML."""
+    spec = spec_of(records)
+    order = ["model", "data", "quantization", "lora", "sft", "merge", "reward", "ppo", "evaluate"]
+    order += ["gpu", "tracking", "seed"]
     text: str = yaml.safe_dump(
         {name: spec[name] for name in order if name in spec}, sort_keys=False, allow_unicode=True, width=100
     )
