@@ -1,6 +1,6 @@
 """Runs the whole chain of one RLHFRun on this machine and prints each stage's seconds and peak memory.
 
-python bench/chain_on_gpu.py run.yaml [--home FOLDER]
+python bench/chain_on_gpu.py run.yaml [--home FOLDER] [--set seed=3 --set gpu.count=1 ...]
 
 Peaks are PyTorch's reserved memory and the process's resident set, as each stage's manifest records them; gpu.memory
 of the run caps the first on a larger card.
@@ -10,6 +10,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -24,8 +25,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--home", type=Path, default=Path(".rlhf"))
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the spec")
     arguments = parser.parse_args()
-    run = RLHFRun.model_validate(yaml.safe_load(arguments.run.read_text()))
+    run = RLHFRun.model_validate(changed(yaml.safe_load(arguments.run.read_text()), arguments.set))
     home = Home(arguments.home)
     runner = LocalRunner(run, home.default_store(), home)
     seen: dict[str, tuple[str, str | None]] = {}
@@ -54,6 +56,18 @@ def main() -> None:
             f"{link.name:20} {meta.get('seconds', 0):7.1f} {meta.get('peakGpuBytes', 0) / 2**30:8.2f} "
             f"{meta.get('peakHostBytes', 0) / 2**30:8.2f}  {json.dumps(figures)}"
         )
+
+
+def changed(document: dict[str, Any], changes: list[str]) -> dict[str, Any]:
+    """The resource with some fields of its spec changed, each given as `section.field=value`, the value as YAML."""
+    for change in changes:
+        path, _, value = change.partition("=")
+        *sections, field = path.split(".")
+        place = document["spec"]
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[field] = yaml.safe_load(value)
+    return document
 
 
 if __name__ == "__main__":

@@ -144,7 +144,8 @@ class LocalRunner:
             path, lock = self.folder.open_attempt(config, action.number, self.clock())
             threads = max(1, _cores() // max(1, len(room) + len(self._processes)))
             work = self.folder.work(action.link.name)
-            self._processes[action.link.name] = Process(self.command, path, work, lock, action.number, threads)
+            gpu = config.gpu.count > 0
+            self._processes[action.link.name] = Process(self.command, path, work, lock, action.number, threads, gpu)
 
     def _room(self, starts: Sequence[Start]) -> list[Start]:
         """Training has the machine to itself; other stages share it, at most one a core."""

@@ -1,5 +1,8 @@
 """Reads a GGUF file as a Hugging Face model in bfloat16, through transformers, which holds all of it in memory."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,14 @@ def convert_gguf(file: Path, folder: Path) -> Any:
     logging.disable_progress_bar()
     place = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            **place,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.bfloat16,
-            output_loading_info=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(**place)
+        with _read_once():
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                **place,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.bfloat16,
+                output_loading_info=True,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(**place)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise UserError(
             f"model.source: {file.name} is no GGUF file that transformers reads ({error}); "
@@ -34,3 +38,16 @@ def convert_gguf(file: Path, folder: Path) -> Any:
         raise UserError(f"model.source: {file.name} lacks {missing[0]} and {len(missing) - 1} more; download it again")
     model.save_pretrained(folder, max_shard_size="2GB")
     return tokenizer
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """Keep what transformers asks of the file again and again: its metadata, seconds each time, and its names."""
+    import gguf
+
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = cache(reader), cache(names)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, names

@@ -129,9 +129,10 @@ def chunked_logprobs_and_entropy(
     parts = []
     rows, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     for h, target in zip(rows.split(chunk), ids.split(chunk), strict=True):
-        logprobs = torch.log_softmax(logits_of(h).float() / temperature, -1)
-        entropy = -(logprobs.exp() * logprobs).sum(-1)
-        parts.append((logprobs.gather(-1, target[:, None]).squeeze(-1), entropy))
+        logits = logits_of(h).float() / temperature
+        total = torch.logsumexp(logits, -1)
+        entropy = total - ((logits - total[:, None]).exp() * logits).sum(-1)
+        parts.append((_of_target(logits, target, total), entropy))
     logprobs, entropy = (torch.cat(column).view(targets.shape) for column in zip(*parts, strict=True))
     return logprobs, entropy
 
@@ -158,7 +159,12 @@ class _Logprobs(torch.autograd.Function):
 
 def _row_logprobs(hidden: Tensor, targets: Tensor, logits_of: LogitsOf, temperature: float) -> Tensor:
     logits = logits_of(hidden).float() / temperature
-    return logits.gather(-1, targets[:, None]).squeeze(-1) - torch.logsumexp(logits, -1)
+    return _of_target(logits, targets, torch.logsumexp(logits, -1))
+
+
+def _of_target(logits: Tensor, targets: Tensor, total: Tensor) -> Tensor:
+    # One formula for every role: policy and reference must agree to the last bit before the first update.
+    return logits.gather(-1, targets[:, None]).squeeze(-1) - total
 
 
 def next_kl_coefficient(coefficient: float, kl: float, target: float, horizon: int, episodes: int) -> float:

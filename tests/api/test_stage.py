@@ -62,7 +62,7 @@ def test_canonical_json_of_text_is_utf8() -> None:
 # the new digest here.
 GOLDEN = {
     "import-model": "c5b70e362344dc80bceb380322ad42f0ed8abc09d207965e2922363d716aeea3",
-    "ppo": "c91b188c290f52677c01529947a2fc5c45719ab284669dbd952d005c3c7a06de",
+    "ppo": "2a26daea33f4d865864b2362629dde9878a7ccba77096852ef561cc6a556b091",
 }
 
 
