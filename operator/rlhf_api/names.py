@@ -18,6 +18,21 @@ LABEL_GPU_MEMORY: Final = f"{GROUP}/gpu-memory"
 ENV_ACCESS_KEY: Final = "AWS_ACCESS_KEY_ID"
 ENV_SECRET_KEY: Final = "AWS_SECRET_ACCESS_KEY"
 ENV_SESSION_TOKEN: Final = "AWS_SESSION_TOKEN"
+ENV_STAGE_CONFIG: Final = "RLHF_STAGE_CONFIG"  # of a pod, whose arguments name it as env:RLHF_STAGE_CONFIG
+ENV_METRICS_PORT: Final = "RLHF_METRICS_PORT"
+
+# What a stage's pod serves while it runs.
+METRICS_PORT: Final = 9090
+METRIC_INFO: Final = "rlhf_stage_info"
+METRIC_PHASE: Final = "rlhf_stage_phase"
+METRIC_STEP: Final = "rlhf_stage_step"
+METRIC_STEPS: Final = "rlhf_stage_steps"
+METRIC_ETA: Final = "rlhf_stage_eta_seconds"
+METRIC_STARTED: Final = "rlhf_stage_started_timestamp_seconds"
+METRIC_UPDATED: Final = "rlhf_stage_updated_timestamp_seconds"
+METRIC_FIGURE: Final = "rlhf_stage_metric"  # with the label name
+METRIC_HOST_MEMORY: Final = "rlhf_stage_peak_host_memory_bytes"
+METRIC_GPU_MEMORY: Final = "rlhf_stage_peak_gpu_memory_bytes"
 
 # Files in a stage's working folder.
 STAGE_CONFIG_FILE: Final = "stage.json"
