@@ -171,7 +171,7 @@ class Roles:
         from safetensors.torch import load_file
 
         self._peft.add_adapter("reward", LoraConfig.from_pretrained(folder / "adapter"))
-        self._load_adapter("reward", folder / "adapter")
+        self.load_adapter("reward", folder / "adapter")
         self.heads["reward"] = _head(self.width, self.device)
         self.heads["reward"].load_state_dict(load_file(folder / "head.safetensors"), strict=False)
         self._after_injection()
@@ -229,17 +229,17 @@ class Roles:
         save_adapter(self.model, self._peft.peft_config[role], weights, folder)
 
     def load_adapter(self, role: Role, folder: Path) -> None:
-        """Load the weights of an adapter that `save_adapter` or PEFT wrote."""
-        self._load_adapter(role, folder)
+        """Load the weights of an adapter that `save_adapter` or PEFT wrote; the role's head, if any, stays.
 
-    # ---- inside -------------------------------------------------------------------------------------------------
-
-    def _load_adapter(self, role: Role, folder: Path) -> None:
+        Raises UserError where names or shapes differ.
+        """
         from safetensors.torch import load_file
 
         weights = load_file(folder / "adapter_model.safetensors")
         heads = {name: t for name, t in self.state(role).items() if name.startswith("head.")}
         self.load_state(role, weights | heads)
+
+    # ---- inside -------------------------------------------------------------------------------------------------
 
     def _after_injection(self) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
