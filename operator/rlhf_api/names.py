@@ -30,7 +30,8 @@ METRIC_STEPS: Final = "rlhf_stage_steps"
 METRIC_ETA: Final = "rlhf_stage_eta_seconds"
 METRIC_STARTED: Final = "rlhf_stage_started_timestamp_seconds"
 METRIC_UPDATED: Final = "rlhf_stage_updated_timestamp_seconds"
-METRIC_FIGURE: Final = "rlhf_stage_metric"  # with the label name
+METRIC_FIGURE: Final = "rlhf_stage_metric"  # with the label name: the few figures of Progress
+METRIC_LOGGED: Final = "rlhf_stage_logged"  # with the label name: everything the newest step logged
 METRIC_HOST_MEMORY: Final = "rlhf_stage_peak_host_memory_bytes"
 METRIC_GPU_MEMORY: Final = "rlhf_stage_peak_gpu_memory_bytes"
 

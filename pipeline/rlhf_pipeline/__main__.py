@@ -1,24 +1,30 @@
-"""The stage process: `python -m rlhf_pipeline --config stage.json --work DIR --result FILE`."""
+"""The stage process: `python -m rlhf_pipeline --config stage.json --work DIR --result FILE`.
+
+In a pod the config is `env:RLHF_STAGE_CONFIG`, the result /dev/termination-log.
+"""
 
 import argparse
 import importlib
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from pydantic import ValidationError
 
 from rlhf_api.errors import RLHFError, UserError
-from rlhf_api.names import EXIT_CODES, EXIT_INTERRUPTED, EXIT_OK
+from rlhf_api.names import ENV_METRICS_PORT, EXIT_CODES, EXIT_INTERRUPTED, EXIT_OK
 from rlhf_api.stage import Program, StageConfig, StageFailure, StageResult
 from rlhf_pipeline.checkpoints import RESTORED
 from rlhf_pipeline.failures import classify
+from rlhf_pipeline.result_file import write_result
 from rlhf_pipeline.stage_process import Interrupted, Stage, surroundings
 from rlhf_store.artifacts import Manifest, open_artifacts
 
@@ -40,7 +46,9 @@ QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one stage and write its result. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m rlhf_pipeline", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="StageConfig as JSON")
+    parser.add_argument(
+        "--config", required=True, help="StageConfig as JSON: a file, or env:NAME, an environment variable"
+    )
     parser.add_argument("--work", type=Path, required=True, help="working folder; a restarted stage may reuse it")
     parser.add_argument("--result", type=Path, required=True, help="where the StageResult goes")
     options = parser.parse_args(arguments)
@@ -48,18 +56,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     began = time.monotonic()
     result, code = _outcome(options.config, options.work)
-    result = result.model_copy(update={"seconds": round(time.monotonic() - began, 3)})
-    options.result.parent.mkdir(parents=True, exist_ok=True)
-    temporary = options.result.with_name(f".{options.result.name}.new")
-    temporary.write_bytes(result.to_bytes())
-    temporary.replace(options.result)
+    write_result(options.result, result.model_copy(update={"seconds": round(time.monotonic() - began, 3)}))
     return code
 
 
-def _outcome(config_file: Path, work: Path) -> tuple[StageResult, int]:
+def _outcome(config_from: str, work: Path) -> tuple[StageResult, int]:
     name, stage = "", None
     try:
-        config = _read_config(config_file)
+        # Before anything slow: the first process of a container ignores a signal that it does not handle.
+        signal.signal(signal.SIGTERM, _stop_at_once)
+        config = _read_config(config_from, os.environ)
         name = config.stage
         artifacts = open_artifacts(config.store)
         manifest = artifacts.find(config.output)
@@ -67,6 +73,10 @@ def _outcome(config_file: Path, work: Path) -> tuple[StageResult, int]:
             work.mkdir(parents=True, exist_ok=True)
             stage = Stage(config, artifacts, work)
             stage.handle_signals()
+            if ENV_METRICS_PORT in os.environ:
+                from rlhf_pipeline.metrics_server import serve_metrics
+
+                serve_metrics(stage, os.environ)
             manifest = run_stage(stage)
         metrics = manifest.metadata.get("metrics", {})
         return StageResult(stage=name, artifact=manifest.ref, metrics=metrics), EXIT_OK
@@ -86,7 +96,7 @@ def _outcome(config_file: Path, work: Path) -> tuple[StageResult, int]:
             failure, code = StageFailure(failure=kind, message=message, checkpoint=checkpoint), EXIT_CODES[kind]
             if kind == "bug":
                 traceback.print_exc()
-        print(f"{name or config_file}: {failure.message}", file=sys.stderr)
+        print(f"{name or config_from}: {failure.message}", file=sys.stderr)
         return StageResult(stage=name, failure=failure), code
 
 
@@ -113,14 +123,24 @@ def run_stage(stage: Stage) -> Manifest:
     return manifest
 
 
-def _read_config(path: Path) -> StageConfig:
+def _stop_at_once(number: int, _frame: FrameType | None) -> None:
+    raise Interrupted(f"stopped by {signal.Signals(number).name} before it began")
+
+
+def _read_config(config_from: str, environment: Mapping[str, str]) -> StageConfig:
+    scheme, _, name = config_from.partition(":")
     try:
-        return StageConfig.model_validate_json(path.read_bytes())
+        document = environment[name] if scheme == "env" else Path(config_from).read_bytes()
+        return StageConfig.model_validate_json(document)
+    except KeyError:
+        raise UserError(f"--config {config_from}: the environment has no variable {name!r}; set it to JSON") from None
+    except OSError as error:
+        raise UserError(f"--config {config_from}: cannot be read ({error.strerror}); correct the path") from error
     except ValidationError as error:
         first: Any = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise UserError(
-            f"{path}: {field}: {first['msg']}; it is written by the operator of the same version"
+            f"{config_from}: {field}: {first['msg']}; it is written by the operator of the same version"
         ) from error
 
 

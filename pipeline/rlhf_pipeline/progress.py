@@ -47,6 +47,11 @@ class ProgressFile:
         if new_phase or step == total or now - self._written >= INTERVAL:
             self._write()
 
+    @property
+    def now(self) -> Progress:
+        """How far the stage is, newer than the file by up to INTERVAL. Safe to read from another thread."""
+        return self._progress
+
     def _eta(self, step: int, total: int, now: float) -> float | None:
         since, first = self._first
         if step <= first or total < step:

@@ -44,6 +44,7 @@ class Stage:
         attempt = f"{config.attempt}-{secrets.token_hex(4)}"
         self.writer: ArtifactWriter = artifacts.writer(config.output, attempt)
         self.progress = ProgressFile(work / PROGRESS_FILE, config.stage)
+        self.logged: dict[str, float] = {}  # the newest record of log(); replaced, never changed
         self._tracking = Tracking(config, self.output / "logs")
         self.checkpoints = Checkpoints(artifacts, config.output, attempt, work, self.output, self._tracking)
         self._stop_requested = False
@@ -68,6 +69,7 @@ class Stage:
     def log(self, step: int, **metrics: float) -> None:
         """Record metrics of a step: logs/metrics.jsonl, TensorBoard and the trackers of the run."""
         self._tracking.log(step, metrics)
+        self.logged = metrics
 
     def close(self) -> None:
         """Flush the logs to the output folder."""
@@ -111,15 +113,23 @@ def surroundings() -> dict[str, Any]:
             found["versions"][package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    found["peakHostBytes"] = _peak_resident_bytes()
-    torch = sys.modules.get("torch")  # not imported for the asking: it takes seconds
-    if torch and torch.cuda.is_available() and torch.cuda.is_initialized():
-        found["device"] = torch.cuda.get_device_name()
-        found["peakGpuBytes"] = max(torch.cuda.max_memory_reserved(i) for i in range(torch.cuda.device_count()))
+    found["peakHostBytes"] = peak_host_bytes()
+    if (peak := peak_gpu_bytes()) is not None:
+        found["device"] = sys.modules["torch"].cuda.get_device_name()
+        found["peakGpuBytes"] = peak
     return found
 
 
-def _peak_resident_bytes() -> int:
+def peak_gpu_bytes() -> int | None:
+    """Most bytes that this process has held on any one GPU; None while it uses none."""
+    torch = sys.modules.get("torch")  # not imported for the asking: it takes seconds
+    if not torch or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return None
+    return max(int(torch.cuda.max_memory_reserved(i)) for i in range(torch.cuda.device_count()))
+
+
+def peak_host_bytes() -> int:
+    """Most bytes of memory that this process has held at a time."""
     # Not getrusage: across a fork its maximum is that of the process that started this one.
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
