@@ -1,5 +1,6 @@
 """Every name that more than one place spells: API group, labels, environment variables, exit codes."""
 
+import hashlib
 from typing import Final
 
 GROUP: Final = "rlhf.dev"
@@ -12,7 +13,29 @@ SHORT_NAMES: Final = ("rlhf",)
 
 LABEL_RUN: Final = f"{GROUP}/run"
 LABEL_STAGE: Final = f"{GROUP}/stage"
+LABEL_ATTEMPT: Final = f"{GROUP}/attempt"
 LABEL_GPU_MEMORY: Final = f"{GROUP}/gpu-memory"
+LABEL_QUEUE: Final = "kueue.x-k8s.io/queue-name"  # of a run, handed on to its Jobs
+ANNOTATION_DIGEST: Final = f"{GROUP}/digest"  # of the artifact that a Job makes
+ANNOTATION_ASKED: Final = f"{GROUP}/asked-at"  # Unix time at which the run was asked for when the Job was created
+ANNOTATION_STOPPED: Final = f"{GROUP}/stopped-at"  # on a Job that was told to stop
+
+# What every Job and pod of a stage carries, besides the run, the stage and the attempt.
+OPERATOR_NAME: Final = "rlhf-operator"
+STAGE_COMPONENT: Final = "stage"
+STAGE_LABELS: Final = {
+    "app.kubernetes.io/name": OPERATOR_NAME,
+    "app.kubernetes.io/managed-by": OPERATOR_NAME,
+    "app.kubernetes.io/component": STAGE_COMPONENT,
+}
+STAGE_CONTAINER: Final = "stage"
+STAGE_WORK: Final = "/work"
+TERMINATION_LOG: Final = "/dev/termination-log"
+GPU_RESOURCE: Final = "nvidia.com/gpu"
+MAX_NAME: Final = 63  # of a Job, so that its pods can be labelled with it
+
+OPERATOR_HEALTH_PORT: Final = 8080
+OPERATOR_METRICS_PORT: Final = 9091
 
 # What a stage process reads from its environment; its StageConfig and working folder come as arguments.
 ENV_ACCESS_KEY: Final = "AWS_ACCESS_KEY_ID"
@@ -56,3 +79,12 @@ EXIT_CODES: Final = {
     "infrastructure": EXIT_INFRASTRUCTURE,
     "outOfMemory": EXIT_OUT_OF_MEMORY,
 }
+
+
+def job_name(run: str, stage: str, attempt: int) -> str:
+    """The name of the Job of one attempt: the same for the same attempt, and 63 characters at most."""
+    name = f"{run}-{stage}-{attempt}"
+    if len(name) <= MAX_NAME:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{name[: MAX_NAME - 9].rstrip('-')}-{digest}"

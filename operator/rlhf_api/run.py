@@ -354,6 +354,12 @@ class RunSpec(Section):
     tracking: Tracking = Field(default_factory=Tracking)
     seed: Natural = Field(0, description="Seed of everything random.")
     suspend: bool = Field(False, description="Stop after the current checkpoint and wait.")
+    active_deadline_seconds: Positive | None = Field(
+        None, description="Seconds after which a run that has not ended fails; counted anew when it is resumed."
+    )
+    ttl_seconds_after_finished: Natural | None = Field(
+        None, description="Seconds after its end at which the run and its Jobs are deleted; its artifacts stay."
+    )
 
 
 class Metadata(BaseModel):
@@ -381,7 +387,7 @@ class Condition(Section):
 
 
 Phase = Literal["Pending", "Running", "Suspended", "Succeeded", "Failed"]
-StageState = Literal["Waiting", "Running", "Succeeded", "Reused", "Skipped", "Failed", "Suspended"]
+StageState = Literal["Waiting", "Pending", "Running", "Succeeded", "Reused", "Skipped", "Failed", "Suspended"]
 
 
 class StageStatus(Section):
@@ -394,6 +400,7 @@ class StageStatus(Section):
     artifact: str | None = Field(None, description="kind/digest")
     progress: str | None = Field(None, description="step/total")
     metrics: dict[str, float] = Field(default_factory=dict)
+    failure: str | None = Field(None, description="Class of the last attempt's failure.")
     message: str | None = None
 
 
@@ -405,6 +412,10 @@ class RunStatus(Section):
     progress: str | None = Field(None, description="Of that stage: step/total.")
     reward: float | None = Field(None, description="The last figure of the reward in ppo.")
     observed_generation: int | None = None
+    asked_at: str | None = Field(
+        None, description="When the run was created or last resumed: earlier failures are forgiven."
+    )
+    suspend: bool = Field(False, description="What spec.suspend was when the run was last looked at.")
     conditions: list[Condition] = Field(default_factory=list)
     stages: list[StageStatus] = Field(default_factory=list)
     budget: list[dict[str, Any]] = Field(default_factory=list)

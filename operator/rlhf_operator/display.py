@@ -18,6 +18,7 @@ from rlhf_operator.plan import Observed
 
 MARKS: dict[StageState, tuple[str, str]] = {
     "Waiting": ("·", "dim"),
+    "Pending": ("…", "yellow"),
     "Running": ("▶", "bold cyan"),
     "Succeeded": ("✓", "green"),
     "Reused": ("✓", "green"),

@@ -6,21 +6,25 @@ and observes again. Because nothing else is remembered, a crash at any point los
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Final
 
 from rlhf_api.budget import ModelShape
 from rlhf_api.errors import RETRIED, FailureClass
 from rlhf_api.names import EXIT_INTERRUPTED
 from rlhf_api.rules import misfits, problems
-from rlhf_api.run import Condition, Phase, RLHFRun, RunStatus, StageState, StageStatus
+from rlhf_api.run import RLHFRun, RunStatus, StageState, StageStatus
 from rlhf_api.stage import Progress, StageFailure, StageResult
+from rlhf_operator import conditions
+from rlhf_operator.conditions import Hold, stamp, unix_time
+from rlhf_operator.memory_check import MemoryCheck, check_memory
 from rlhf_operator.stages import Fingerprints, Link, chain
 
 MAX_ATTEMPTS: Final[Mapping[FailureClass, int]] = {"infrastructure": 5, "outOfMemory": 2}
 BACKOFF_SECONDS: Final = 5.0  # doubled with each failure of the same class
 MAX_BACKOFF_SECONDS: Final = 300.0
-UNFINISHED: Final = ("Running", "Failed", "Suspended", "Waiting")
+STORE_RETRY_SECONDS: Final = 15.0
+HOLD_RETRY_SECONDS: Final = 30.0
+UNFINISHED: Final = ("Running", "Pending", "Failed", "Suspended", "Waiting")
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,9 @@ class Attempt:
     exit_code: int | None = None
     result: StageResult | None = None
     progress: Progress | None = None
+    job: str | None = None
+    held: Hold | None = None
+    """Why it is not running yet, such as a pod for which there is no node; None if it runs or is about to."""
 
     @property
     def interrupted(self) -> bool:
@@ -67,6 +74,14 @@ class Observed:
     """Unix time somebody last asked for this run; what failed before does not count against a stage."""
     status: RunStatus | None = None
     """The status last published: a condition that has not changed keeps its time."""
+    store_problem: str | None = None
+    """Why the store could not be asked. `artifacts` is then what was known before, and nothing new starts."""
+    store_asked: bool = True
+    """False where only the stages have the store's credentials; `artifacts` is then what they reported."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Stage -> why no attempt of it can ever be made, such as a pod template that makes no pod."""
+    held: Mapping[str, Hold] = field(default_factory=dict)
+    """Stage -> why no attempt of it could be made now, such as a quota."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +101,15 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class Delete:
+    """Delete the run and its record; its artifacts stay."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What to do now, what to publish, and when to look again if nothing changes before."""
 
-    actions: tuple[Start | Stop, ...]
+    actions: tuple[Start | Stop | Delete, ...]
     status: RunStatus
     wake_at: float | None = None
 
@@ -104,6 +124,9 @@ class _View:
     ready: bool
     attempts: Sequence[Attempt]  # all of them
     counted: Sequence[Attempt]  # those that wrote to this output since somebody asked
+    store_known: bool
+    refused: str | None
+    held: Hold | None
 
     @property
     def running(self) -> Attempt | None:
@@ -123,31 +146,94 @@ def plan(run: RLHFRun, observed: Observed, now: float) -> Plan:
     """
     views = _views(run, observed)
     failures = {view.link.name: failure for view in views if (failure := _final_failure(view))}
-    invalid = _invalid(run, views, observed)
-    halted = bool(failures or invalid) or run.spec.suspend
+    invalid, memory = _invalid(run, views, observed), _memory(run, views, observed)
+    why = _why_failed(run, views, failures, invalid, memory, observed.asked_at, now)
+    halted = why is not None or run.spec.suspend
+    blocked = halted or observed.store_problem is not None
     retry_at = {view.link.name: time for view in views if view.pending and (time := _retry_at(view)) is not None}
 
-    actions: list[Start | Stop] = []
+    actions: list[Start | Stop | Delete] = []
     for view in views:
         if (attempt := view.running) and (halted or attempt.digest != view.link.output.digest):
             actions.append(Stop(view.link.name, attempt.number))
-    if not halted:
+    if not blocked:
         startable = [view for view in views if view.pending and view.ready and retry_at.get(view.link.name, 0.0) <= now]
         actions += [Start(view.link, _next_number(view)) for view in _one_gpu_stage(startable, views)]
 
     stages = [_stage_status(view, observed, run.spec.suspend, failures.get(view.link.name)) for view in views]
-    phase = _phase(run.spec.suspend, stages, bool(failures) or invalid is not None)
+    unfinished = any(view.running for view in views)
+    phase = conditions.phase_of(stages, why is not None, run.spec.suspend, unfinished)
     current = next((stage for stage in stages if stage.state in UNFINISHED), None)
+    found = [
+        conditions.valid(invalid),
+        conditions.store_ready(observed.store_problem, observed.store_asked),
+        memory.condition,
+        conditions.progressing(phase, stages, _hold(views, observed)),
+        conditions.succeeded(phase),
+        conditions.failed(phase, why),
+        conditions.suspended(phase),
+    ]
     status = RunStatus(
         phase=phase,
         stage=current.name if current else None,
         progress=current.progress if current else None,
         reward=next((stage.metrics.get("reward") for stage in stages if stage.name == "ppo"), None),
-        conditions=_conditions(phase, stages, failures, invalid),
+        observed_generation=run.metadata.generation,
+        asked_at=stamp(observed.asked_at) if observed.asked_at else None,
+        suspend=run.spec.suspend,
+        conditions=conditions.dated(found, observed.status, run.metadata.generation, now),
         stages=stages,
+        budget=memory.lines,
     )
-    waiting = [time for time in retry_at.values() if time > now and not halted]
-    return Plan(tuple(actions), _run_status(run, observed, status, now), min(waiting, default=None))
+    return Plan(tuple(actions), status, _wake_at(run, observed, status, retry_at, halted, now))
+
+
+def asked_at(run: RLHFRun, status: RunStatus | None, attempts: Iterable[Attempt], now: float) -> float:
+    """When the run was last asked for, to the second: as its status says, or now if it is new or was just resumed.
+
+    Later than the start of every attempt made before, whatever the clocks say, so that none of them counts.
+    """
+    if status is not None and status.asked_at is not None and (run.spec.suspend or not status.suspend):
+        return unix_time(status.asked_at)
+    return float(max([int(now), *(int(attempt.started) + 1 for attempt in attempts)]))
+
+
+def at_rest(run: RLHFRun, now: float) -> Plan | None:
+    """What to do for a run that has ended by its own status; None if it has not, or was resumed since.
+
+    Its end is final: an artifact that is deleted later, or a store that is away, starts nothing again.
+    """
+    status = run.status
+    if status is None or status.phase not in ("Succeeded", "Failed") or (status.suspend and not run.spec.suspend):
+        return None
+    generation = run.metadata.generation
+    found = [each.model_copy(update={"observed_generation": generation}) for each in status.conditions]
+    kept = status.model_copy(
+        update={"observed_generation": generation, "suspend": run.spec.suspend, "conditions": found}
+    )
+    ended = next((each.last_transition_time for each in status.conditions if each.type == status.phase), None)
+    if run.spec.ttl_seconds_after_finished is None or ended is None:
+        return Plan((), kept)
+    delete_at = unix_time(ended) + run.spec.ttl_seconds_after_finished
+    return Plan((Delete(),), kept) if delete_at <= now else Plan((), kept, delete_at)
+
+
+def rejected(name: str, generation: int | None, message: str, before: RunStatus | None, now: float) -> RunStatus:
+    """The status of a resource that is no run at all: the spec passed the API server but not the models."""
+    why = Hold("User", f"{name}: {message}")
+    found = [
+        conditions.valid(message),
+        conditions.progressing("Failed", [], None),
+        conditions.succeeded("Failed"),
+        conditions.failed("Failed", why),
+        conditions.suspended("Failed"),
+    ]
+    return RunStatus(
+        phase="Failed",
+        observed_generation=generation,
+        asked_at=before.asked_at if before else None,
+        conditions=conditions.dated(found, before, generation, now),
+    )
 
 
 def _views(run: RLHFRun, observed: Observed) -> list[_View]:
@@ -165,6 +251,9 @@ def _views(run: RLHFRun, observed: Observed) -> list[_View]:
                 ready=all(str(ref) in observed.artifacts for ref in link.inputs.values()),
                 attempts=attempts,
                 counted=[a for a in attempts if a.digest == digest and a.started >= observed.asked_at],
+                store_known=observed.store_problem is None,
+                refused=observed.refused.get(link.name),
+                held=observed.held.get(link.name),
             )
         )
     return views
@@ -173,11 +262,69 @@ def _views(run: RLHFRun, observed: Observed) -> list[_View]:
 def _invalid(run: RLHFRun, views: Sequence[_View], observed: Observed) -> str | None:
     """The rules that the spec breaks and what the imported model cannot do of it, one line each; None if sound."""
     found = problems(run.spec)
-    model = next(view.link.output for view in views if view.link.name == "import-model")
-    shape = ModelShape.from_figures(observed.artifacts.get(str(model), {}))
+    shape = _shape(views, observed)
     if shape and any(view.pending for view in views):  # what exists already was possible
         found += misfits(run.spec, shape)
     return "\n".join(map(str, found)) or None
+
+
+def _shape(views: Sequence[_View], observed: Observed) -> ModelShape | None:
+    model = next(view.link.output for view in views if view.link.name == "import-model")
+    return ModelShape.from_figures(observed.artifacts.get(str(model), {}))
+
+
+def _memory(run: RLHFRun, views: Sequence[_View], observed: Observed) -> MemoryCheck:
+    pending = [view.link.name for view in views if view.pending and view.link.stage.gpu]
+    return check_memory(run.spec, _shape(views, observed), pending)
+
+
+def _why_failed(
+    run: RLHFRun,
+    views: Sequence[_View],
+    failures: Mapping[str, StageFailure],
+    invalid: str | None,
+    memory: MemoryCheck,
+    asked: float,
+    now: float,
+) -> Hold | None:
+    """What ends the run, or None: the first of its stages' failures, a broken rule, too little memory, its deadline."""
+    for name, failure in failures.items():
+        return Hold(failure.failure[:1].upper() + failure.failure[1:], f"{name}: {failure.message}")
+    if invalid is not None:
+        return Hold("User", invalid)
+    if memory.refusal is not None:
+        return Hold("OutOfMemory", memory.refusal)
+    limit = run.spec.active_deadline_seconds
+    if limit is not None and not run.spec.suspend and not views[-1].exists and now >= asked + limit:
+        how = "raise it, then set suspend to true and back to false to continue"
+        return Hold("DeadlineExceeded", f"spec.activeDeadlineSeconds: {limit} have passed; {how}")
+    return None
+
+
+def _hold(views: Sequence[_View], observed: Observed) -> Hold | None:
+    """What keeps the run waiting: the store, or the first stage that cannot run yet."""
+    if observed.store_problem is not None:
+        return Hold("StoreUnavailable", observed.store_problem)
+    for view in views:
+        held = view.running.held if view.running else view.held if view.pending else None
+        if held:
+            return Hold(held.reason, f"{view.link.name}: {held.message}")
+    return None
+
+
+def _wake_at(
+    run: RLHFRun, observed: Observed, status: RunStatus, retry_at: Mapping[str, float], halted: bool, now: float
+) -> float | None:
+    if halted or status.phase == "Succeeded":
+        return None
+    times = [time for time in retry_at.values() if time > now]
+    if observed.store_problem is not None:
+        times.append(now + STORE_RETRY_SECONDS)
+    if observed.held:
+        times.append(now + HOLD_RETRY_SECONDS)
+    if run.spec.active_deadline_seconds is not None:
+        times.append(max(observed.asked_at + run.spec.active_deadline_seconds, now))
+    return min(times, default=None)
 
 
 def _needed(links: Sequence[Link], artifacts: Iterable[str]) -> set[str]:
@@ -215,7 +362,7 @@ def _failures(view: _View) -> list[StageFailure]:
     for attempt in view.counted:
         if attempt.failure:
             failures.append(attempt.failure)
-        elif attempt.finished is not None and not attempt.interrupted and not view.exists:
+        elif attempt.finished is not None and not attempt.interrupted and not view.exists and view.store_known:
             message = f"the stage reported success but {view.link.output} is not in the store"
             failures.append(StageFailure(failure="infrastructure", message=message))
     return failures
@@ -223,6 +370,8 @@ def _failures(view: _View) -> list[StageFailure]:
 
 def _final_failure(view: _View) -> StageFailure | None:
     """The failure that ends the run, or None: its class is not retried, or it was retried often enough."""
+    if view.pending and view.refused is not None:
+        return StageFailure(failure="user", message=view.refused)
     if not view.pending or not (failures := _failures(view)):
         return None
     last = failures[-1]
@@ -246,7 +395,8 @@ def _retry_at(view: _View) -> float | None:
                 break
             count += 1
         return finished[-1] + (0.0 if count == 1 else _backoff(count - 1))
-    failures = _failures(view)
+    if not (failures := _failures(view)):  # a success that the store, which is away, cannot confirm
+        return None
     return finished[-1] + _backoff(sum(failure.failure == failures[-1].failure for failure in failures))
 
 
@@ -261,13 +411,16 @@ def _stage_status(view: _View, observed: Observed, suspend: bool, failure: Stage
     last = view.counted[-1] if view.counted else None
     state, message = _state(view, last, suspend, failure)
     progress = last.progress if last else None
+    reason = failure or (last.failure if last else None)
     return StageStatus(
         name=name,
         state=state,
         attempt=last.number if last else 0,
+        job=last.job if last else None,
         artifact=str(view.link.output),
         progress=f"{progress.step}/{progress.total}" if progress and progress.total else None,
         metrics=_metrics(view, observed, last),
+        failure=reason.failure if reason and not view.exists else None,
         message=message,
     )
 
@@ -279,6 +432,8 @@ def _state(
     if failure is not None:
         return "Failed", failure.message
     if running := view.running:
+        if running.held:
+            return "Pending", running.held.message
         return "Running", running.progress.phase or None if running.progress else None
     if view.exists:
         return ("Succeeded" if last else "Reused"), None
@@ -286,6 +441,8 @@ def _state(
         return "Skipped", "everything that reads it exists"
     if suspend and last and last.interrupted:
         return "Suspended", None
+    if view.held and not suspend:
+        return "Pending", view.held.message
     if last and last.failure:
         limit = MAX_ATTEMPTS.get(last.failure.failure, 1)
         return "Waiting", f"attempt {last.number} failed, at most {limit} are made: {last.failure.message}"
@@ -297,52 +454,3 @@ def _metrics(view: _View, observed: Observed, last: Attempt | None) -> dict[str,
     if str(view.link.output) in observed.artifacts:
         return dict(observed.artifacts[str(view.link.output)])
     return dict(last.progress.metrics) if last and last.progress else {}
-
-
-def _phase(suspend: bool, stages: Sequence[StageStatus], failed: bool) -> Phase:
-    """Running lasts until the last process has ended, whatever the run is coming to."""
-    if any(stage.state == "Running" for stage in stages):
-        return "Running"
-    if failed:
-        return "Failed"
-    if stages[-1].state in ("Succeeded", "Reused"):
-        return "Succeeded"
-    if suspend:
-        return "Suspended"
-    return "Running" if any(stage.attempt for stage in stages) else "Pending"
-
-
-def _conditions(
-    phase: Phase, stages: Sequence[StageStatus], failures: Mapping[str, StageFailure], invalid: str | None
-) -> list[Condition]:
-    """The conditions that hold in this phase, without their times."""
-    now_running = ", ".join(stage.name for stage in stages if stage.state == "Running")
-    name, failure = next(iter(failures.items()), ("", None))
-    why, reason = invalid or "", "User" if invalid else "None"
-    if failure:
-        why, reason = f"{name}: {failure.message}", failure.failure[:1].upper() + failure.failure[1:]
-
-    def condition(kind: str, holds: bool, reason: str, message: str = "") -> Condition:
-        return Condition(type=kind, status="True" if holds else "False", reason=reason, message=message)
-
-    return [
-        condition("Valid", invalid is None, "Checked" if invalid is None else "Rejected", invalid or ""),
-        condition("Progressing", phase in ("Pending", "Running"), phase, now_running),
-        condition("Succeeded", phase == "Succeeded", phase),
-        condition("Failed", phase == "Failed", reason, why),
-        condition("Suspended", phase == "Suspended", phase),
-    ]
-
-
-def _run_status(run: RLHFRun, observed: Observed, status: RunStatus, now: float) -> RunStatus:
-    """`status` with the generation it is about and, on each condition, the time it last changed."""
-    stamp = datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    before = {condition.type: condition for condition in observed.status.conditions} if observed.status else {}
-    conditions = []
-    for condition in status.conditions:
-        old = before.get(condition.type)
-        since = old.last_transition_time if old and old.status == condition.status else stamp
-        conditions.append(
-            condition.model_copy(update={"last_transition_time": since, "observed_generation": run.metadata.generation})
-        )
-    return status.model_copy(update={"conditions": conditions, "observed_generation": run.metadata.generation})
