@@ -60,7 +60,7 @@ def fetch_file(source: str, revision: str | None, into: Path, store: StoreConfig
     folder, _, name = source.rpartition("/")
     files = open_files(folder, revision, store)
     if name not in files.sizes:
-        beside = ", ".join(sorted(n for n in files.sizes if "/" not in n)[:20]) or "nothing"
+        beside = ", ".join(sorted(files.sizes, key=lambda n: (n.count("/"), n))[:20]) or "nothing"
         raise UserError(f"source: {source} does not exist; {folder} has {beside}")
     return files.fetch(name, into)
 
@@ -175,7 +175,8 @@ class HubFiles:
         owner, _, rest = path.removeprefix("datasets/").partition("/")
         name, _, self.inner = rest.partition("/")
         if not owner or not name:
-            raise UserError(f"source: {source} names no repository; write hf://owner/name")
+            form = "hf://datasets/owner/name" if self.kind == "dataset" else "hf://owner/name"
+            raise UserError(f"source: {source} names no repository; write {form}")
         self.repo = f"{owner}/{name}"
         with hub_errors(source, revision):
             from huggingface_hub import HfApi
@@ -231,8 +232,11 @@ def hub_errors(source: str, revision: str | None) -> Iterator[None]:
     except errors.OfflineModeIsEnabled as error:
         raise UserError(f"source: {source} needs the hub and HF_HUB_OFFLINE is set; unset it, {mirror}") from error
     except (transport, ConnectionError, TimeoutError) as error:
-        where = os.environ.get("HF_ENDPOINT", "the hub")
-        raise StoreError(f"source: {source}: {where} could not be reached ({error}); try again, {mirror}") from error
+        where, why = os.environ.get("HF_ENDPOINT", "the hub"), str(error).partition("\n")[0]
+        answer = getattr(getattr(error, "response", None), "status_code", 0)
+        if answer in (401, 403, 404):  # another try would get the same
+            raise UserError(f"source: {source}: {where} refused it ({why}); check it and HF_TOKEN, {mirror}") from error
+        raise StoreError(f"source: {source}: {where} could not be reached ({why}); try again, {mirror}") from error
 
 
 def _local_folder(source: str, folder: Path) -> Path:

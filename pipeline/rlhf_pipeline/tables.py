@@ -15,9 +15,10 @@ import pyarrow.parquet
 from rlhf_api.errors import UserError
 from rlhf_api.run import Data
 from rlhf_api.stage import StoreConfig
-from rlhf_pipeline.sources import fetch_file, hub_errors
+from rlhf_pipeline.data_sets import CARD, FORMATS, split_files, table_format
+from rlhf_pipeline.sources import fetch_file, open_files
 
-FORMATS = ".parquet, .csv, .jsonl, .ndjson, .json (one object a line), the text formats also with .gz"
+HUB = "hf://datasets/"
 LARGEST_ROW = 64 * 2**20  # bytes of CSV
 
 
@@ -27,9 +28,8 @@ def read_table(data: Data, field: str, texts: Sequence[str], work: Path, store: 
     field: where the data stands in the run, for errors. Raises UserError if a column is missing or no text, if the
     file cannot be parsed, or if nothing is left.
     """
-    parts = data.source.removeprefix("hf://datasets/").split("/")
-    if data.source.startswith("hf://datasets/") and len(parts) == 2:
-        table = _hub_data_set("/".join(parts), data, work)
+    if data.source.startswith(HUB) and not table_format(data.source):
+        table = _hub_data_set(data, field, texts, work)
     else:
         file = fetch_file(data.source, data.revision, work, store)
         table = parse_table(file, texts, f"{field}.source: {data.source}")
@@ -77,17 +77,17 @@ def equals(column: Any, value: str | int | bool, field: str) -> Any:
 def parse_table(file: Path, texts: Sequence[str], where: str) -> Any:
     """A file as an Arrow table, by its extension. `where` opens the error messages."""
     packed = file.suffix == ".gz"
-    suffix = Path(file.stem).suffix if packed else file.suffix
+    kind = table_format(file.name)
     try:
-        match suffix.lower():
-            case ".parquet" if not packed:
+        match kind:
+            case "parquet":
                 return pyarrow.parquet.read_table(file)
-            case ".csv":
+            case "csv":
                 return _read_csv(file, packed, texts)
-            case ".jsonl" | ".ndjson" | ".json":
+            case "jsonl":
                 return _read_json_lines(file, packed, where)
     except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{where} cannot be read as {suffix[1:]}: {error}") from error
+        raise UserError(f"{where} cannot be read as {kind}: {error}") from error
     raise UserError(f"{where} has no known extension; known are {FORMATS}")
 
 
@@ -125,14 +125,21 @@ def _read_json_lines(file: Path, packed: bool, where: str) -> Any:
     return pa.table(columns)
 
 
-def _hub_data_set(name: str, data: Data, work: Path) -> Any:
-    from datasets import load_dataset
-
-    with hub_errors(data.source, data.revision):
-        try:
-            rows = load_dataset(name, split=data.split, revision=data.revision, cache_dir=str(work / "hub"))
-        except ValueError as error:
-            raise UserError(f"split: {data.split!r} of {data.source}: {error}") from error
-        except FileNotFoundError as error:
-            raise UserError(f"source: {data.source} is no data set that could be read: {error}") from error
-    return pa.table(rows.with_format("arrow")[:])
+def _hub_data_set(data: Data, field: str, texts: Sequence[str], work: Path) -> Any:
+    """One split of a repository, or of the subset or folder of it that the source names."""
+    parts = data.source.removeprefix(HUB).rstrip("/").split("/")
+    source, inner = HUB + "/".join(parts[:2]), "/".join(parts[2:])
+    files = open_files(source, data.revision)
+    card = files.fetch(CARD, work).read_text(encoding="utf-8") if CARD in files.sizes else ""
+    names = split_files(source, files.sizes, card, inner, data.split)
+    tables = [parse_table(files.fetch(name, work), texts, f"{field}.source: {source}/{name}") for name in names]
+    for name, table in zip(names, tables, strict=True):
+        if set(table.column_names) != set(tables[0].column_names):
+            raise UserError(
+                f"{field}.source: {data.source}: {names[0]} has the columns {', '.join(tables[0].column_names)}, "
+                f"{name} has {', '.join(table.column_names)}; name a folder or a file whose columns are alike"
+            )
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise UserError(f"{field}.source: {data.source}: types differ between {', '.join(names)}: {error}") from error

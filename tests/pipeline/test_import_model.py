@@ -1,17 +1,15 @@
 """Models come into the store whole, with PAD ≠ EOS, from a folder, a package, a bucket, the hub or a GGUF file."""
 
-import hashlib
-import http.server
 import json
 import shutil
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hub_server import COMMIT, Hub, serve_hub
 from safetensors.torch import load_file
 from stage_runs import OUTPUTS, StageRuns
 from tiny import build_tiny_model
@@ -274,63 +272,19 @@ def test_a_file_that_is_no_gguf_is_an_error(imports: ModelImports) -> None:
 # ---- the hub, as its client sees it ---------------------------------------------------------------------------------
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Serves one model repository as the hub does."""
-
-    folder: Path
-    commit = "c" * 40
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        if self.path.startswith("/api/models/me/tiny/revision/"):
-            if self.path.split("/revision/")[1].split("?")[0] not in ("main", self.commit):
-                return self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
-            siblings = [{"rfilename": file.name, "size": file.stat().st_size} for file in self.folder.iterdir()]
-            about = {"id": "me/tiny", "modelId": "me/tiny", "sha": self.commit, "siblings": siblings}
-            return self._send(200, json.dumps(about).encode(), {})
-        if self.path.startswith("/api/models/me/tiny"):
-            return self._send(302, b"", {"Location": "/api/models/me/tiny/revision/main"})
-        prefix = f"/me/tiny/resolve/{self.commit}/"
-        if self.path.startswith(prefix) and (file := self.folder / self.path.removeprefix(prefix)).is_file():
-            data = file.read_bytes()
-            etag = hashlib.sha256(data).hexdigest()
-            return self._send(200, data, {"ETag": f'"{etag}"', "X-Repo-Commit": self.commit})
-        return self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
-
-    def _send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(data))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(data)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Quiet."""
-
-
 @pytest.fixture
-def hub(base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The hub's client talks to a server on this machine that holds me/tiny."""
-    from huggingface_hub import constants
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Hub,), {"folder": base}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    yield
-    server.shutdown()
-    server.server_close()
+def hub(base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub that holds me/tiny."""
+    with serve_hub(monkeypatch) as hub:
+        hub.models["me/tiny"] = base
+        yield hub
 
 
 @pytest.mark.usefixtures("hub")
 def test_a_hub_model_is_imported_at_its_commit(imports: ModelImports, base: Path) -> None:
     folder, _ = imports.run("hf://me/tiny", revision="main")
     assert_same_model(folder, base)
-    assert json.loads((folder / "report.json").read_text())["revision"] == Hub.commit
+    assert json.loads((folder / "report.json").read_text())["revision"] == COMMIT
 
 
 @pytest.mark.usefixtures("hub")
