@@ -255,16 +255,16 @@ def _safetensors_parameters(path: Path) -> int:
 def _classifier(stage: Stage, reward: Reward) -> dict[str, float]:
     from rlhf_pipeline.sources import fetch_model
 
-    assert reward.classifier
+    wanted = reward.classifier
+    assert wanted
     stage.progress.update(phase="reading the classifier")
-    source = fetch_model(
-        reward.classifier.source, reward.classifier.revision, stage.work / "classifier", stage.config.store
-    )
-    classifier = ClassifierReward(source, reward.classifier.label, torch.device("cpu"))
+    into = stage.work / "classifier"
+    source = fetch_model(wanted.source, wanted.revision, into, stage.config.store, "reward.classifier.source")
+    classifier = ClassifierReward(source, wanted.label, torch.device("cpu"))
     classifier.model.save_pretrained(stage.output / "classifier")
     classifier.tokenizer.save_pretrained(stage.output / "classifier")
-    RewardCard("classifier", label=reward.classifier.label).save(stage.output)
-    return _sample_report(stage, classifier, {"type": "classifier", "label": reward.classifier.label})
+    RewardCard("classifier", label=wanted.label).save(stage.output)
+    return _sample_report(stage, classifier, {"type": "classifier", "label": wanted.label})
 
 
 def _function(stage: Stage, reference: str) -> dict[str, float]:

@@ -65,13 +65,16 @@ def fetch_file(source: str, revision: str | None, into: Path, store: StoreConfig
     return files.fetch(name, into)
 
 
-def fetch_model(source: str, revision: str | None, into: Path, store: StoreConfig | None = None) -> Path:
+def fetch_model(
+    source: str, revision: str | None, into: Path, store: StoreConfig | None = None, field: str = "model.source"
+) -> Path:
     """A local folder with a model's config, tokenizer and safetensors weights: the original where it is local.
 
-    Raises UserError if its weights are only there as pickles, which could run code.
+    field: where the source stands in the run, for errors. Raises UserError if the weights are only there as pickles,
+    which could run code.
     """
     files = open_files(source, revision, store)
-    weights = weight_files(source, files, into)
+    weights = weight_files(source, files, into, field)
     if isinstance(files, LocalFiles):
         return files.root
     for name in [*side_files(files), *weights]:
@@ -79,7 +82,7 @@ def fetch_model(source: str, revision: str | None, into: Path, store: StoreConfi
     return into
 
 
-def weight_files(source: str, files: Files, work: Path) -> list[str]:
+def weight_files(source: str, files: Files, work: Path, field: str = "model.source") -> list[str]:
     """Names of the safetensors files that make up the model, in the order of its index.
 
     Raises UserError if there are none, or if a file that the index lists is missing.
@@ -89,7 +92,7 @@ def weight_files(source: str, files: Files, work: Path) -> list[str]:
 
         shards = sorted(set(json.loads(files.fetch(INDEX, work).read_text())["weight_map"].values()))
         if missing := [name for name in shards if name not in files.sizes]:
-            raise UserError(f"model.source: {source} lacks {missing[0]}, which {INDEX} lists; copy the model again")
+            raise UserError(f"{field}: {source} lacks {missing[0]}, which {INDEX} lists; copy the model again")
         return shards
     found = sorted(name for name in files.sizes if name.endswith(WEIGHTS) and "/" not in name)
     if "model.safetensors" in found:
@@ -97,17 +100,17 @@ def weight_files(source: str, files: Files, work: Path) -> list[str]:
     if len(found) == 1:
         return found
     if found:
-        raise UserError(f"model.source: {source} has {', '.join(found[:4])} but no {INDEX}; save the model again")
+        raise UserError(f"{field}: {source} has {', '.join(found[:4])} but no {INDEX}; save the model again")
     pickles = sorted(name for name in files.sizes if name.endswith(PICKLES))
     if pickles:
         raise UserError(
-            f"model.source: {source} has its weights only as {pickles[0]}, a format that can run code when it is read; "
+            f"{field}: {source} has its weights only as {pickles[0]}, a format that can run code when it is read; "
             "load it once where you trust it and save it with save_pretrained(folder), which writes safetensors"
         )
     gguf = sorted(name for name in files.sizes if name.endswith(".gguf"))
     if gguf:
-        raise UserError(f"model.source: {source} holds GGUF files; name one of them: {source}/{gguf[0]}")
-    raise UserError(f"model.source: {source} has no *.safetensors file; it has {', '.join(sorted(files.sizes)[:10])}")
+        raise UserError(f"{field}: {source} holds GGUF files; name one of them: {source}/{gguf[0]}")
+    raise UserError(f"{field}: {source} has no *.safetensors file; it has {', '.join(sorted(files.sizes)[:10])}")
 
 
 def side_files(files: Files) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from hub_server import serve_hub
 from safetensors.torch import load_file
 from stage_runs import StageRuns
 from tiny import PAD, TEXTS, build_tiny_model, build_tokenizer, tiny_config
@@ -13,10 +14,11 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf_api.errors import GateError, UserError
 from rlhf_api.run import Classifier, Lora, Quantization, Reward
-from rlhf_api.stage import StageConfig
+from rlhf_api.stage import StageConfig, StoreConfig
 from rlhf_pipeline.models import load_base
 from rlhf_pipeline.reward_models import ClassifierReward, RewardCard, load_reward
 from rlhf_pipeline.roles import Roles
+from rlhf_store.artifacts import open_artifacts
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -147,22 +149,61 @@ def test_pairs_that_the_cut_makes_equal_are_an_error(runs: StageRuns) -> None:
         )
 
 
-def test_classifier_is_mirrored_into_the_artifact(runs: StageRuns) -> None:
-    source = runs.root / "classifier"
+@pytest.fixture
+def classifier(tmp_path: Path) -> Path:
+    """A folder with a tiny classifier."""
+    folder = tmp_path / "classifier"
     config = tiny_config("llama")
     config.id2label, config.label2id = {0: "NEGATIVE", 1: "POSITIVE"}, {"NEGATIVE": 0, "POSITIVE": 1}
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(source)
-    build_tokenizer(source)
-    reward = Reward(classifier=Classifier(source=f"file://{source}", label="POSITIVE"))
-    folder = runs.fetch(runs.run(runs.config("reward", {}, reward=reward)))
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    build_tokenizer(folder)
+    return folder
+
+
+def run_classifier(runs: StageRuns, source: str, label: str = "POSITIVE", revision: str | None = None) -> Path:
+    """The artifact of a reward stage with this classifier."""
+    reward = Reward(classifier=Classifier(source=source, label=label, revision=revision))
+    return runs.fetch(runs.run(runs.config("reward", {}, reward=reward)))
+
+
+def assert_mirrored(folder: Path, classifier: Path) -> None:
     mirrored = load_reward(folder, CPU)
     assert isinstance(mirrored, ClassifierReward)
     prompts, responses = ["the film"] * 2, [" is warm", " is dull"]
-    assert mirrored(prompts, responses) == ClassifierReward(source, "POSITIVE", CPU)(prompts, responses)
+    scores = mirrored(prompts, responses)
+    assert scores == ClassifierReward(classifier, "POSITIVE", CPU)(prompts, responses)
+    assert scores[0] != scores[1]
 
-    wrong = Reward(classifier=Classifier(source=f"file://{source}", label="good"))
+
+def test_classifier_is_mirrored_into_the_artifact(runs: StageRuns, classifier: Path) -> None:
+    assert_mirrored(run_classifier(runs, f"file://{classifier}"), classifier)
     with pytest.raises(UserError, match="label: 'good' is no label of the model; it has NEGATIVE, POSITIVE"):
-        runs.run(runs.config("reward", {}, reward=wrong))
+        run_classifier(runs, f"file://{classifier}", label="good")
+
+
+def test_classifier_comes_from_the_hub(runs: StageRuns, classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve_hub(monkeypatch) as hub:
+        hub.models["me/judge"] = classifier
+        assert_mirrored(run_classifier(runs, "hf://me/judge", revision="main"), classifier)
+        assert "model.safetensors" in hub.asked
+        with pytest.raises(UserError, match="revision: 'v9' is no commit, tag or branch of hf://me/judge"):
+            run_classifier(runs, "hf://me/judge", revision="v9")
+        (classifier / "model.safetensors").rename(classifier / "pytorch_model.bin")
+        with pytest.raises(
+            UserError, match=r"^reward\.classifier\.source: hf://me/judge has its weights only as pytorch"
+        ):
+            run_classifier(runs, "hf://me/judge")
+        assert "pytorch_model.bin" not in hub.asked
+
+
+@pytest.mark.s3
+def test_classifier_comes_from_a_bucket(runs: StageRuns, classifier: Path, s3_store: StoreConfig) -> None:
+    runs.store, runs.artifacts = s3_store, open_artifacts(s3_store)
+    for file in classifier.iterdir():
+        runs.artifacts.objects.put_file(f"models/judge/{file.name}", file)
+    assert_mirrored(run_classifier(runs, f"{s3_store.url}/models/judge"), classifier)
+    with pytest.raises(UserError, match=rf"source: {s3_store.url}/models/none holds no objects"):
+        run_classifier(runs, f"{s3_store.url}/models/none")
 
 
 def test_function_is_tried_and_recorded(runs: StageRuns, monkeypatch: pytest.MonkeyPatch) -> None:
