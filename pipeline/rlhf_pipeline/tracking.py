@@ -50,10 +50,15 @@ class Tracking:
     def _open(self) -> list[_Sink]:
         self._logs.mkdir(parents=True, exist_ok=True)
         sinks: list[_Sink] = [_Lines(self._logs / METRICS_FILE), _TensorBoard(self._logs / TENSORBOARD)]
-        if self._config.tracking.wandb_project:
-            sinks.append(_WandB(self._config, self._logs))
-        if self._config.tracking.mlflow_uri:
-            sinks.append(_MLflow(self._config))
+        try:
+            if self._config.tracking.wandb_project:
+                sinks.append(_WandB(self._config, self._logs))
+            if self._config.tracking.mlflow_uri:
+                sinks.append(_MLflow(self._config))
+        except UserError:
+            for sink in sinks:
+                sink.close()
+            raise
         return sinks
 
 
@@ -150,7 +155,10 @@ class _MLflow:
         """Every call sends."""
 
     def close(self) -> None:
-        self._mlflow.end_run()
+        try:
+            self._mlflow.end_run()
+        except self._mlflow.exceptions.MlflowException as error:
+            print(f"warning: MLflow did not end its run: {error}", file=sys.stderr)
 
 
 def _import(module: str, field: str) -> Any:
