@@ -74,6 +74,19 @@ class S3Objects:
             raise UserError(f"store.endpoint: {endpoint!r}: {error}") from error
         return cls(client, http, url.netloc, f"{prefix}/" if prefix else "", endpoint)
 
+    def make_bucket(self) -> bool:
+        """Make the bucket where there is none. Returns whether it did; raises StoreError if it may not."""
+        with self._errors("make the bucket"):
+            if self._client.bucket_exists(self._bucket):
+                return False
+            try:
+                self._client.make_bucket(self._bucket)
+            except S3Error as error:
+                if error.code == "BucketAlreadyOwnedByYou":  # made by another in between
+                    return False
+                raise
+            return True
+
     def put(self, key: str, data: bytes, if_none_match: bool = False) -> bool:
         with self._errors(key):
             if not if_none_match:
