@@ -92,7 +92,7 @@ def test_everything_committed_is_success_by_reuse() -> None:
     decided = plan(resource(), Observed(artifacts=committed(*ALL)), NOW)
     assert decided.status.phase == "Succeeded"
     assert set(states(decided).values()) == {"Reused"}
-    assert holds(decided.status) == {"Valid", "Succeeded"}
+    assert holds(decided.status) == {"Valid", "StoreReady", "Succeeded"}
 
 
 def test_an_artifact_of_this_run_succeeded_rather_than_being_reused() -> None:
@@ -257,7 +257,7 @@ def test_a_spec_that_breaks_a_rule_starts_nothing_and_says_which() -> None:
     assert (decided.actions, decided.status.phase) == ((Stop("import-model", 1),), "Running")
     decided = plan(run, Observed(), NOW)
     assert (decided.actions, decided.status.phase) == ((), "Failed")
-    assert holds(decided.status) == {"Failed"}
+    assert holds(decided.status) == {"StoreReady", "Failed"}
     valid = next(condition for condition in decided.status.conditions if condition.type == "Valid")
     assert "spec.ppo.microBatchSize: 3" in valid.message
 

@@ -1,0 +1,199 @@
+"""The attempts that a run's Jobs and their pods amount to: what the plan observes of a cluster. No I/O."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from rlhf_api.names import (
+    ANNOTATION_ASKED,
+    ANNOTATION_DIGEST,
+    ANNOTATION_STOPPED,
+    EXIT_INTERRUPTED,
+    EXIT_OUT_OF_MEMORY,
+    LABEL_ATTEMPT,
+    LABEL_STAGE,
+    STAGE_CONTAINER,
+)
+from rlhf_api.stage import Progress, StageFailure, StageResult
+from rlhf_operator.conditions import Hold, unix_time
+from rlhf_operator.plan import Attempt
+from rlhf_operator.pod_template import Document
+
+SIGTERM_EXIT: Final = 143  # a container that SIGTERM ended before it could handle it
+# Waiting for these is not starting: somebody has to do something.
+BLOCKED: Final = (
+    "ImagePullBackOff",
+    "ErrImagePull",
+    "ErrImageNeverPull",
+    "InvalidImageName",
+    "CreateContainerConfigError",
+    "CreateContainerError",
+    "RunContainerError",
+)
+LOST_SECONDS: Final = 60.0  # after a pod should have been gone: its node does not answer
+MAX_LAST_LINES: Final = 600  # characters of a log's end that a message quotes
+
+
+def attempts_of(
+    jobs: Iterable[Document], pods: Iterable[Document], progress: Mapping[str, Progress], now: float
+) -> dict[str, list[Attempt]]:
+    """Stage -> its attempts, oldest first. `progress`: pod uid -> what that pod last said of itself.
+
+    Jobs of another maker, without the labels of a stage, are left out.
+    """
+    by_job: dict[str, list[Document]] = {}
+    for pod in pods:
+        for owner in pod["metadata"].get("ownerReferences", []):
+            by_job.setdefault(owner["uid"], []).append(pod)
+    found: dict[str, list[Attempt]] = {}
+    for job in jobs:
+        labels = job["metadata"].get("labels", {})
+        stage, number = labels.get(LABEL_STAGE, ""), labels.get(LABEL_ATTEMPT, "")
+        if stage and number.isdecimal():
+            attempt = _attempt(job, by_job.get(job["metadata"]["uid"], []), stage, int(number), progress, now)
+            found.setdefault(stage, []).append(attempt)
+    return {stage: sorted(made, key=lambda attempt: attempt.number) for stage, made in found.items()}
+
+
+def _attempt(
+    job: Document, pods: Sequence[Document], stage: str, number: int, progress: Mapping[str, Progress], now: float
+) -> Attempt:
+    annotations = job["metadata"].get("annotations", {})
+    created = unix_time(job["metadata"]["creationTimestamp"])
+    attempt = Attempt(
+        number=number,
+        digest=annotations.get(ANNOTATION_DIGEST, ""),
+        # What was created for an ask counts as begun after it, whatever the clocks of two machines say.
+        started=max(created, float(annotations.get(ANNOTATION_ASKED) or 0)),
+        job=job["metadata"]["name"],
+        progress=next((progress[pod["metadata"]["uid"]] for pod in pods if pod["metadata"]["uid"] in progress), None),
+    )
+    alive = any(_is_alive(pod, now) for pod in pods)
+    ended = _ended(job, bool(pods))
+    if ended is None and _stopped_before_it_ran(job, pods):
+        ended = unix_time(annotations[ANNOTATION_STOPPED])
+    if ended is None or alive:
+        return _with(attempt, held=_hold(job, pods))
+    exit_code, result = _outcome(job, pods, stage)
+    return _with(attempt, finished=ended, exit_code=exit_code, result=result)
+
+
+def _with(attempt: Attempt, **changes: Any) -> Attempt:
+    return Attempt(**{**attempt.__dict__, **changes})
+
+
+def _condition(owner: Document, kind: str) -> Document | None:
+    found: list[Document] = owner.get("status", {}).get("conditions") or []
+    return next((each for each in found if each["type"] == kind and each["status"] == "True"), None)
+
+
+def _ended(job: Document, has_pods: bool) -> float | None:
+    """When the Job ended. One that has failed but waits for the pod of a lost node to be gone counts as ended."""
+    for kind in ("Complete", "Failed", *(["FailureTarget"] if has_pods else [])):
+        if condition := _condition(job, kind):
+            return unix_time(condition["lastTransitionTime"])
+    return None
+
+
+def _stopped_before_it_ran(job: Document, pods: Sequence[Document]) -> bool:
+    """Told to stop while a queue held the Job back: its deadline, which would end it, does not run then."""
+    stopped = ANNOTATION_STOPPED in job["metadata"].get("annotations", {})
+    return stopped and bool(job["spec"].get("suspend")) and not pods
+
+
+def _is_alive(pod: Document, now: float) -> bool:
+    """Whether the pod may still be at work. Its deletion is due at a time that its grace period leads to."""
+    due = pod["metadata"].get("deletionTimestamp")
+    if due and now > unix_time(due) + LOST_SECONDS:
+        return False
+    return pod.get("status", {}).get("phase") not in ("Succeeded", "Failed")
+
+
+def _outcome(job: Document, pods: Sequence[Document], stage: str) -> tuple[int | None, StageResult | None]:
+    """Exit code and result of an attempt that ended; both None if it was told to stop, or succeeded unseen."""
+    newest = max(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")), default=None)
+    ended = _terminated(newest) if newest else None
+    stopped = ANNOTATION_STOPPED in job["metadata"].get("annotations", {})
+    if ended is not None:
+        code, text = int(ended["exitCode"]), str(ended.get("message") or "")
+        result = _result(text)
+        if result is not None and (code != EXIT_INTERRUPTED or result.artifact is not None):
+            return code, result
+        if code in (EXIT_INTERRUPTED, SIGTERM_EXIT) or stopped:
+            return EXIT_INTERRUPTED, result
+        return _without_result(stage, newest or {}, ended, code, text)
+    if stopped or _condition(job, "Complete"):
+        return None, None
+    return None, _failed(stage, "infrastructure", _loss(job, newest))
+
+
+def _without_result(
+    stage: str, pod: Document, ended: Document, code: int, text: str
+) -> tuple[int | None, StageResult | None]:
+    """What a container that ended without a result means."""
+    if ended.get("reason") == "OOMKilled":
+        message = (
+            "out of host memory: the pod was killed at its memory limit; lower the stage's microBatchSize, "
+            "or raise the limit in placement.podTemplate"
+        )
+        return EXIT_OUT_OF_MEMORY, _failed(stage, "outOfMemory", message)
+    if disruption := _disruption(pod):
+        return code, _failed(stage, "infrastructure", disruption)
+    last = f"; its last lines: {text.strip()[-MAX_LAST_LINES:]}" if text.strip() else ""
+    return code, _failed(stage, "bug", f"the stage exited with code {code} and left no result{last}")
+
+
+def _failed(stage: str, failure: Any, message: str) -> StageResult:
+    return StageResult(stage=stage, failure=StageFailure(failure=failure, message=message))
+
+
+def _result(text: str) -> StageResult | None:
+    try:
+        return StageResult.model_validate_json(text)
+    except ValidationError:
+        return None
+
+
+def _terminated(pod: Document) -> Document | None:
+    statuses: list[Document] = pod.get("status", {}).get("containerStatuses") or []
+    state: Document = next((each.get("state", {}) for each in statuses if each["name"] == STAGE_CONTAINER), {})
+    found: Document | None = state.get("terminated")
+    # What a kubelet that lost a container writes; nobody saw it end.
+    return None if found is not None and found.get("reason") == "ContainerStatusUnknown" else found
+
+
+def _loss(job: Document, pod: Document | None) -> str:
+    """Why a Job failed whose container was never seen to end."""
+    if pod and (disruption := _disruption(pod)):
+        return disruption
+    if pod and (reason := pod.get("status", {}).get("reason")):
+        return f"the pod was lost ({reason}): {pod['status'].get('message') or 'its node gave no message'}"
+    failed = _condition(job, "Failed") or {}
+    if failed.get("reason") not in (None, "BackoffLimitExceeded"):
+        return f"the Job ended: {failed['reason']}: {failed.get('message', '')}"
+    return "the pod was deleted, or its node was lost, before the stage ended"
+
+
+def _disruption(pod: Document) -> str | None:
+    if pod.get("status", {}).get("reason") == "Evicted":
+        return f"the pod was evicted: {pod['status'].get('message', '')}"
+    if condition := _condition(pod, "DisruptionTarget"):
+        return f"the pod was disrupted ({condition.get('reason')}): {condition.get('message', '')}"
+    return None
+
+
+def _hold(job: Document, pods: Sequence[Document]) -> Hold | None:
+    """Why an attempt that has not ended is not running, if somebody or something has to act first."""
+    if job["spec"].get("suspend"):
+        return Hold("Queued", "the Job is suspended: a queue has yet to admit it")
+    for pod in pods:
+        for condition in pod.get("status", {}).get("conditions") or []:
+            waits = condition["type"] == "PodScheduled" and condition["status"] == "False"
+            if waits and condition.get("reason") in ("Unschedulable", "SchedulingGated"):
+                return Hold(condition["reason"], condition.get("message") or "no node takes the pod")
+        for status in pod.get("status", {}).get("containerStatuses") or []:
+            waiting = status.get("state", {}).get("waiting") or {}
+            if waiting.get("reason") in BLOCKED:
+                return Hold(waiting["reason"], waiting.get("message") or f"container {status['name']} cannot start")
+    return None
