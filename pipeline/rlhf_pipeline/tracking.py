@@ -14,6 +14,7 @@ from rlhf_api.stage import StageConfig
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+OUTPUT_TAG = "rlhf.output"
 
 
 class _Sink(Protocol):
@@ -138,7 +139,17 @@ class _MLflow:
         self._mlflow.set_tracking_uri(config.tracking.mlflow_uri)
         try:
             self._mlflow.set_experiment(config.run.name)
-            self._mlflow.start_run(run_name=config.stage)
+            # A restarted stage continues its curve.
+            started = self._mlflow.search_runs(
+                experiment_names=[config.run.name],
+                filter_string=f"tags.`{OUTPUT_TAG}` = '{config.output.digest}'",
+                max_results=1,
+                output_format="list",
+            )
+            if started:
+                self._mlflow.start_run(run_id=started[0].info.run_id)
+            else:
+                self._mlflow.start_run(run_name=config.stage, tags={OUTPUT_TAG: config.output.digest})
         except self._mlflow.exceptions.MlflowException as error:
             raise UserError(
                 f"tracking.mlflowUri: no MLflow at {config.tracking.mlflow_uri} ({str(error).splitlines()[0][:200]}); "

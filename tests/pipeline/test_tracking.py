@@ -43,7 +43,15 @@ def _record(name, *values):
     calls.append((name, *values))
 def set_tracking_uri(uri): _record("set_tracking_uri", uri)
 def set_experiment(name): _record("set_experiment", name)
-def start_run(*, run_name): _record("start_run", run_name)
+class Started:
+    def __init__(self, run_id, tags): self.info, self.tags, self.run_id = self, tags, run_id
+runs = []
+def search_runs(*, experiment_names, filter_string, max_results, output_format):
+    assert output_format == "list"
+    return [run for run in runs if all(f"`{k}` = '{v}'" in filter_string for k, v in run.tags.items())][:max_results]
+def start_run(*, run_id=None, run_name=None, tags=None):
+    _record("start_run", run_id or run_name)
+    if run_id is None: runs.append(Started(f"id-{len(runs)}", tags))
 def log_metrics(metrics, step=None): _record("log_metrics", step, metrics)
 def end_run(): _record("end_run")
 """
@@ -65,7 +73,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleTyp
 
 @pytest.fixture
 def mlflow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleType]:
-    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the tracker sets it for the process otherwise
     yield from stand_in(monkeypatch, tmp_path / "modules", "mlflow", MLFLOW)
 
 
@@ -101,12 +109,16 @@ def test_weights_and_biases_gets_the_curve_under_the_names_of_run_and_stage(wand
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
 
+def another(config: StageConfig) -> StageConfig:
+    """The same stage with another output."""
+    return config.model_copy(update={"output": config.output.model_copy(update={"digest": "f" * 64})})
+
+
 def test_a_restarted_stage_continues_its_curve(wandb: ModuleType, tmp_path: Path) -> None:
     wanted = config(tmp_path, wandb_project="films")
     track(wanted, tmp_path, 1)
     track(wanted, tmp_path, 2)
-    other = wanted.model_copy(update={"output": wanted.output.model_copy(update={"digest": "f" * 64})})
-    track(other, tmp_path, 1)
+    track(another(wanted), tmp_path, 1)
     first, second, third = (call[1] for call in wandb.calls if call[0] == "init")
     assert first["id"] == second["id"] != third["id"]
     assert first["resume"] == "allow"
@@ -128,6 +140,14 @@ def test_mlflow_gets_the_curve_in_an_experiment_of_the_run(mlflow: ModuleType, t
         ("log_metrics", 2, {"loss": 0.5}),
         ("end_run",),
     ]
+
+
+def test_a_restarted_stage_continues_its_mlflow_run(mlflow: ModuleType, tmp_path: Path) -> None:
+    wanted = config(tmp_path, mlflow_uri="http://mlflow:5000")
+    track(wanted, tmp_path, 1)
+    track(wanted, tmp_path, 2)
+    track(another(wanted), tmp_path, 1)
+    assert [call[1] for call in mlflow.calls if call[0] == "start_run"] == ["reward", "id-0", "reward"]
 
 
 @pytest.mark.parametrize("call", ["set_experiment", "start_run"])
@@ -173,7 +193,10 @@ def test_weights_and_biases_offline_keeps_the_curve_in_the_work_folder(
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("mlflow"), reason="mlflow is not installed")
-def test_mlflow_in_a_folder_keeps_the_curve(tmp_path: Path) -> None:
-    track(config(tmp_path, mlflow_uri=f"file://{tmp_path}/mlruns"), tmp_path, 1, 2)
+def test_mlflow_in_a_folder_keeps_one_curve_over_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    wanted = config(tmp_path, mlflow_uri=f"file://{tmp_path}/mlruns")
+    track(wanted, tmp_path, 1)
+    track(wanted, tmp_path, 2)
     (curve,) = (tmp_path / "mlruns").glob("*/*/metrics/loss")
     assert [line.split()[1:] for line in curve.read_text().splitlines()] == [["1.0", "1"], ["0.5", "2"]]
