@@ -181,18 +181,7 @@ def _trainer(stage: Stage, reward: Reward, model: Any, tokenizer: Any, pairs: li
 
     from rlhf_pipeline.training import trainer_arguments
 
-    arguments = RewardConfig(
-        **trainer_arguments(
-            stage,
-            model,
-            steps=reward.steps,
-            batch_size=reward.batch_size,
-            micro_batch_size=reward.micro_batch_size,
-            learning_rate=reward.learning_rate,
-            schedule=reward.schedule,
-            checkpoint_steps=reward.checkpoint_steps,
-        )
-    )
+    arguments = RewardConfig(**trainer_arguments(stage, model, reward))
     rows = Dataset.from_dict({"chosen_ids": [pair[0] for pair in pairs], "rejected_ids": [pair[1] for pair in pairs]})
     return RewardTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer)
 

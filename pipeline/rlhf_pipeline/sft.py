@@ -96,20 +96,7 @@ def _trainer(stage: Stage, sft: SFT, lora: Lora, model: Any, tokenizer: Any, row
             return Trainer.compute_loss(self, *arguments, **named)
 
     torch.manual_seed(stage.settings.seed)  # the adapter's first weights
-    arguments = SFTConfig(
-        **trainer_arguments(
-            stage,
-            model,
-            steps=sft.steps,
-            batch_size=sft.batch_size,
-            micro_batch_size=sft.micro_batch_size,
-            learning_rate=sft.learning_rate,
-            schedule=sft.schedule,
-            warmup_steps=sft.warmup_steps,
-            checkpoint_steps=sft.checkpoint_steps,
-        ),
-        dataset_kwargs={"skip_prepare_dataset": True},
-    )
+    arguments = SFTConfig(**trainer_arguments(stage, model, sft), dataset_kwargs={"skip_prepare_dataset": True})
     adapted = get_peft_model(model, lora_config(lora, model, top=False, dropout=True))
     trainer = (_PlainLossTrainer if model.device.type == "cpu" else SFTTrainer)(
         adapted, args=arguments, train_dataset=Dataset.from_dict({"input_ids": rows}), processing_class=tokenizer

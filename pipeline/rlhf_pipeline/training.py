@@ -11,6 +11,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlhf_api.errors import TrainingError, UserError
+from rlhf_api.run import SFT, Reward
 from rlhf_pipeline.stage_process import Interrupted, Stage
 
 
@@ -64,28 +65,17 @@ def encode(tokenizer: Any, texts: Sequence[str], length: int, *, end: bool = Tru
     return encoded
 
 
-def trainer_arguments(
-    stage: Stage,
-    model: Any,
-    *,
-    steps: int,
-    batch_size: int,
-    micro_batch_size: int,
-    learning_rate: float,
-    schedule: str,
-    checkpoint_steps: int,
-    warmup_steps: int = 0,
-) -> dict[str, Any]:
-    """Arguments of a TRL config that trains `model` where and how the stage asks for."""
+def trainer_arguments(stage: Stage, model: Any, section: SFT | Reward) -> dict[str, Any]:
+    """Arguments of a TRL config that trains `model` as the stage's section asks for."""
     cuda = model.device.type == "cuda"
     return {
         "output_dir": str(stage.work / "trainer"),
-        "max_steps": steps,
-        "per_device_train_batch_size": micro_batch_size,
-        "gradient_accumulation_steps": batch_size // micro_batch_size,
-        "learning_rate": learning_rate,
-        "lr_scheduler_type": "constant_with_warmup" if schedule == "constant" else schedule,
-        "warmup_steps": warmup_steps,
+        "max_steps": section.steps,
+        "per_device_train_batch_size": section.micro_batch_size,
+        "gradient_accumulation_steps": section.batch_size // section.micro_batch_size,
+        "learning_rate": section.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup" if section.schedule == "constant" else section.schedule,
+        "warmup_steps": section.warmup_steps if isinstance(section, SFT) else 0,
         "optim": "paged_adamw_8bit" if cuda else "adamw_torch",
         "train_sampling_strategy": "sequential",  # the rows come in training order
         "use_cpu": not cuda,
@@ -94,7 +84,7 @@ def trainer_arguments(
         "fp16": model.dtype == torch.float16,
         "gradient_checkpointing": cuda,  # on a CPU memory is no concern and it costs a third of the speed
         "save_strategy": "steps",
-        "save_steps": checkpoint_steps,
+        "save_steps": section.checkpoint_steps,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # it would hide the NaN that must stop the stage
         "max_length": None,  # `encode` has cut the texts
