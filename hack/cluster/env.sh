@@ -1,0 +1,33 @@
+# Sourced by the scripts beside it: versions, folders, and a podman with a storage of its own.
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(cd "$here/../.." && pwd)
+cache=$root/.cache/cluster
+bin=$cache/bin
+cluster=rlhf-test
+node_image=localhost/kindest/node
+set -a
+. "$here/versions.env"
+set +a
+export PATH=$bin:$PATH
+export KUBECONFIG=$cache/kubeconfig
+export KIND_EXPERIMENTAL_PROVIDER=podman
+export CONTAINERS_CONF=$cache/podman/containers.conf CONTAINERS_STORAGE_CONF=$cache/podman/storage.conf
+export XDG_RUNTIME_DIR=$cache/podman/run
+
+say() { echo "[${SECONDS}s] $*" >&2; }
+fail() {
+    echo "$(basename "$0"): $*" >&2
+    exit 1
+}
+need() { # need PROGRAM...: each is installed, or the message says what to install
+    local program missing= PATH=$PATH:/usr/sbin:/usr/lib/podman:/usr/libexec/podman
+    for program in "$@"; do
+        command -v "$program" >/dev/null || missing="$missing $program"
+    done
+    [ -z "$missing" ] || fail "not installed:$missing; with Debian or Ubuntu: apt-get install --no-install-recommends podman netavark aardvark-dns buildah runc jq debootstrap gcc openssl"
+}
+hold() { # hold NAME: one script at a time does this; the lock goes with the process
+    mkdir -p "$cache"
+    exec 8>"$cache/$1.lock"
+    flock -n 8 || { say "waiting for another $1" && flock 8; }
+}

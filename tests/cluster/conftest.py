@@ -1,0 +1,120 @@
+"""A real Kubernetes for the tests of this folder: the one of `--kubeconfig`, or ours from hack/cluster."""
+
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "hack" / "cluster"
+BIN = ROOT / ".cache" / "cluster" / "bin"
+CRD_FILE = ROOT / "manifests" / "crd" / "rlhfruns.yaml"
+# PR_SET_PDEATHSIG, SIGKILL: the supervisor dies with the tests, and its processes with it.
+DIE_WITH_PARENT = "import ctypes,os,sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
+
+Kubectl = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kubeconfig",
+        type=Path,
+        help="run tests/cluster on this cluster; without it the cluster of hack/cluster is started and kept",
+    )
+
+
+@pytest.fixture(scope="session")
+def cluster(request: pytest.FixtureRequest) -> Path:
+    """Kubeconfig of a cluster with nodes that run pods, one of them labelled as a node with a 24 GB GPU.
+
+    Ours is started where it does not run, and kept after the tests: `make cluster-down` removes it.
+    """
+    given: Path | None = request.config.getoption("--kubeconfig")
+    if given:
+        return given.resolve()
+    started = subprocess.run([SCRIPTS / "up.sh"], check=True, stdout=subprocess.PIPE, text=True)
+    return Path(started.stdout.strip())
+
+
+@pytest.fixture(scope="session")
+def api_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Kubeconfig of an API server that knows RLHFRun: the one given, or one without nodes that ends with the tests."""
+    given: Path | None = request.config.getoption("--kubeconfig")
+    if given:
+        _install_crd(given.resolve())
+        yield given.resolve()
+        return
+    folder = tmp_path_factory.mktemp("control-plane")
+    with (folder / "supervisor.log").open("w") as log:
+        supervisor = subprocess.Popen(
+            [sys.executable, "-c", DIE_WITH_PARENT, SCRIPTS / "control-plane.sh", "run", folder], stdout=log, stderr=log
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while not (folder / "ready").exists():
+            if supervisor.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"no control plane: {(folder / 'supervisor.log').read_text()[-2000:]}")
+            time.sleep(0.1)
+        _install_crd(folder / "kubeconfig")
+        yield folder / "kubeconfig"
+    finally:
+        supervisor.terminate()
+        supervisor.wait(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def api_kubectl(api_server: Path) -> Kubectl:
+    """kubectl on `api_server`."""
+    return kubectl_of(api_server)
+
+
+@pytest.fixture(scope="session")
+def cluster_kubectl(cluster: Path) -> Kubectl:
+    """kubectl on `cluster`."""
+    return kubectl_of(cluster)
+
+
+@pytest.fixture
+def api_namespace(api_kubectl: Kubectl) -> Iterator[str]:
+    """A fresh namespace of `api_server`."""
+    yield from _namespace(api_kubectl)
+
+
+@pytest.fixture
+def cluster_namespace(cluster_kubectl: Kubectl) -> Iterator[str]:
+    """A fresh namespace of `cluster`."""
+    yield from _namespace(cluster_kubectl)
+
+
+def kubectl_of(kubeconfig: Path) -> Kubectl:
+    """A function that runs kubectl with its arguments and `stdin`, and fails with what it said unless check=False."""
+    environment = {**os.environ, "KUBECONFIG": str(kubeconfig), "PATH": f"{BIN}:{os.environ['PATH']}"}
+
+    def kubectl(*arguments: str | Path, stdin: Any = None, check: bool = True) -> "subprocess.CompletedProcess[str]":
+        text = stdin if stdin is None or isinstance(stdin, str) else yaml.safe_dump(stdin)
+        done = subprocess.run(["kubectl", *arguments], input=text, env=environment, text=True, capture_output=True)
+        if check and done.returncode:
+            raise AssertionError(f"kubectl {' '.join(map(str, arguments))}: {done.stderr}")
+        return done
+
+    return kubectl
+
+
+def _namespace(kubectl: Kubectl) -> Iterator[str]:
+    name = f"test-{uuid.uuid4().hex[:8]}"
+    kubectl("create", "namespace", name)
+    yield name
+    kubectl("delete", "namespace", name, "--wait=false")
+
+
+def _install_crd(kubeconfig: Path) -> None:
+    kubectl = kubectl_of(kubeconfig)
+    kubectl("apply", "--server-side", "-f", CRD_FILE)
+    kubectl("wait", "--for=condition=Established", "-f", CRD_FILE, "--timeout=60s")
