@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from hub_server import serve_hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stage_runs import OUTPUTS, StageRuns
@@ -288,6 +289,22 @@ def test_a_label_that_nothing_has_is_an_error_with_the_labels(imports: Imports) 
     data = labelled(imports.table(ROWS)).model_copy(update={"chosen_label": 7})
     with pytest.raises(UserError, match=r"chosenLabel: 7 must split.*0 150 times"):
         imports.run("preference-data", preference_data=data)
+
+
+def test_a_hub_data_set_gives_the_rows_of_its_files(imports: Imports, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, _, _ = imports.run("sft-data", sft_data=SFTData(source=imports.table(ROWS)))
+    folder = imports.root / "reviews"
+    folder.mkdir()
+    for part, rows in (("train-00000-of-00002", ROWS[:200]), ("train-00001-of-00002", ROWS[200:]), ("test", ROWS)):
+        imports.table(rows, f"reviews/{part}.parquet")
+    with serve_hub(monkeypatch) as hub:
+        hub.datasets["me/reviews"] = folder
+        source = "hf://datasets/me/reviews"
+        parts, report, _ = imports.run("sft-data", sft_data=SFTData(source=source, revision="main"))
+        with pytest.raises(UserError, match=r"data\.sft: there is no column 'txet'.*did you mean 'text'"):
+            imports.run("sft-data", sft_data=SFTData(source=source, text_column="txet"))
+    assert parts == expected
+    assert (report["source"], report["rows"]) == (source, 300)
 
 
 @pytest.mark.s3
