@@ -71,7 +71,7 @@ class OperatorSettings:
         """The store of a run: what its spec says, and the operator's own where it says nothing."""
         bucket = asked.bucket or self.bucket
         prefix = self.prefix if asked.prefix is None and bucket == self.bucket else (asked.prefix or "").strip("/")
-        if bucket.startswith("file:///"):  # a volume that operator and stages share
+        if bucket == self.bucket and bucket.startswith("file:///"):  # a volume that operator and stages share
             return StoreConfig(url=f"{bucket}/{prefix}" if prefix else bucket)
         url = f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
         return StoreConfig(url=url, endpoint=asked.endpoint or self.endpoint, region=self.region)

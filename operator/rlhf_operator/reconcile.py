@@ -1,0 +1,256 @@
+"""Looks at one run and does what its plan says: observe, plan, publish, apply.
+
+It may run twice, late, on old news, or die between any two calls: names are deterministic, every write is idempotent or
+carries the version it is about, and nothing is decided from memory that the cluster and the store do not hold.
+"""
+
+import random
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from pydantic import ValidationError
+
+from rlhf_api.errors import UserError
+from rlhf_api.names import ANNOTATION_STOPPED, LABEL_STAGE
+from rlhf_api.parse import parse_run
+from rlhf_api.run import RLHFRun, RunStatus
+from rlhf_api.stage import Progress
+from rlhf_operator.attempts import attempts_of
+from rlhf_operator.conditions import Hold
+from rlhf_operator.jobs import stage_job
+from rlhf_operator.kubernetes_api import AlreadyExists, Denied, Invalid
+from rlhf_operator.operator_settings import OperatorSettings
+from rlhf_operator.plan import Delete, Observed, Plan, Start, Stop, asked_at, at_rest, plan, rejected
+from rlhf_operator.pod_template import Document
+from rlhf_operator.run_events import RunEvent, events_between
+from rlhf_operator.store_view import StoreView
+
+RESYNC_SECONDS: Final = 30.0  # between looks at a run of which nothing is heard
+PROGRESS_SECONDS: Final = 15.0  # between looks at a run that makes progress
+SILENT_SECONDS: Final = 120.0  # that a pod which did not answer is left alone
+
+
+class Cluster(Protocol):
+    """The calls that a reconcile needs. Reads may lag; writes raise ApiError and Invalid, and are seen by later reads."""
+
+    def run(self, namespace: str, name: str) -> Document | None:
+        """The run, or None if there is none."""
+
+    def jobs(self, namespace: str, run: str) -> list[Document]:
+        """The Jobs with the run's label."""
+
+    def pods(self, namespace: str, run: str) -> list[Document]:
+        """The pods with the run's label."""
+
+    def create_job(self, job: Document) -> None:
+        """Create a Job. Raises AlreadyExists, Invalid, Denied, or another ApiError."""
+
+    def stop_job(self, job: Document, now: float) -> None:
+        """Let the Job end its pod, gracefully, and never start another; it stays as a record. No error if it is gone."""
+
+    def write_status(self, run: Document, patch: Document) -> None:
+        """Merge `patch` into the run's status. Raises Conflict if the run is not as it is in `run` any more."""
+
+    def delete_run(self, run: Document) -> None:
+        """Delete the run, and with it its Jobs. No error if it is gone."""
+
+    def record(self, run: Document, event: RunEvent) -> None:
+        """Write an event on the run. Never fails: an event is no record."""
+
+    def progress(self, pod: Document, stage: str) -> Progress | None:
+        """What a running pod says of itself; None if it does not answer."""
+
+
+@dataclass
+class _Memory:
+    """What is kept of a run between looks. Losing it costs a few calls and changes nothing."""
+
+    generation: int | None = None
+    refused: dict[str, str] = field(default_factory=dict)
+    held: dict[str, Hold] = field(default_factory=dict)
+    progress: dict[str, Progress] = field(default_factory=dict)
+    ask_pod_at: dict[str, float] = field(default_factory=dict)
+
+
+class Reconciler:
+    """Reconciles runs, each from one thread at a time, different ones from several. `clock` gives Unix time."""
+
+    def __init__(
+        self, cluster: Cluster, settings: OperatorSettings, store: StoreView, clock: Callable[[], float]
+    ) -> None:
+        self._cluster, self._settings, self._store, self._clock = cluster, settings, store, clock
+        self._lock = threading.Lock()
+        self._memories: dict[str, _Memory] = {}
+        self.acted: Callable[[str], None] = lambda _: None
+        """Told of each action: start, stop, delete, status, refused, held. For metrics."""
+
+    def reconcile(self, namespace: str, name: str) -> float | None:
+        """Look at a run once. Returns the Unix time to look again if nothing is heard before; None: never.
+
+        Raises ApiError if the API server fails: look again soon.
+        """
+        document = self._cluster.run(namespace, name)
+        if document is None or document["metadata"].get("deletionTimestamp"):
+            return None  # its Jobs go with it: they are owned
+        now = self._clock()
+        uid = document["metadata"]["uid"]
+        before = _status_in(document)
+        try:
+            run = _run_in(document, before)
+        except UserError as error:
+            generation = document["metadata"].get("generation")
+            self._publish(document, before, rejected(name, generation, str(error), before, now))
+            return None
+        if (rest := at_rest(run, now)) is not None:
+            self._forget(uid)
+            self._publish(document, before, rest.status)
+            if rest.actions == (Delete(),):
+                self._cluster.delete_run(document)
+                self.acted("delete")
+            return rest.wake_at
+        memory = self._memory(uid, run.metadata.generation)
+        jobs = [job for job in self._cluster.jobs(namespace, name) if _owner(job) == uid]
+        observed = self._observe(run, jobs, memory, now)
+        decided = plan(run, observed, now)
+        # Published first: the time it was asked for must be known before an attempt is counted against it.
+        self._publish(document, before, decided.status)
+        refused = self._apply(run, decided, observed, {job["metadata"]["name"]: job for job in jobs}, memory, now)
+        if refused:
+            return now
+        return min([decided.wake_at or now + RESYNC_SECONDS, self._next_look(decided, now)])
+
+    def _observe(self, run: RLHFRun, jobs: list[Document], memory: _Memory, now: float) -> Observed:
+        pods = self._cluster.pods(run.metadata.namespace or "default", run.metadata.name)
+        mine = {job["metadata"]["uid"] for job in jobs}
+        pods = [pod for pod in pods if _owner(pod) in mine]
+        self._ask_pods(pods, memory, now)
+        attempts = attempts_of(jobs, pods, memory.progress, now)
+        store = self._store.look(run, attempts)
+        every = [attempt for made in attempts.values() for attempt in made]
+        return Observed(
+            artifacts=store.artifacts,
+            attempts=attempts,
+            asked_at=asked_at(run, run.status, every, now),
+            status=run.status,
+            store_problem=store.problem,
+            store_asked=store.asked,
+            refused=dict(memory.refused),
+            held=dict(memory.held),
+        )
+
+    def _ask_pods(self, pods: list[Document], memory: _Memory, now: float) -> None:
+        alive = {pod["metadata"]["uid"]: pod for pod in pods if pod.get("status", {}).get("phase") == "Running"}
+        for uid, pod in alive.items():
+            if now < memory.ask_pod_at.get(uid, 0.0):
+                continue
+            found = self._cluster.progress(pod, pod["metadata"]["labels"].get(LABEL_STAGE, ""))
+            # A pod that just started does not serve yet; one that never answers is asked less often.
+            silent = found is None and uid in memory.ask_pod_at
+            memory.ask_pod_at[uid] = now + (SILENT_SECONDS if silent else PROGRESS_SECONDS * 0.6)
+            if found is not None:
+                memory.progress[uid] = found
+
+    def _publish(self, document: Document, before: RunStatus | None, status: RunStatus) -> None:
+        """Write the status if it differs from the one in `document`, then the events that the change is worth."""
+        wanted = status.model_dump(mode="json", by_alias=True, exclude_none=True)
+        patch = merge_patch(document.get("status") or {}, wanted)
+        if not patch:
+            return
+        self._cluster.write_status(document, patch)
+        self.acted("status")
+        for event in events_between(before, status):
+            self._cluster.record(document, event)
+
+    def _apply(
+        self,
+        run: RLHFRun,
+        decided: Plan,
+        observed: Observed,
+        jobs: Mapping[str, Document],
+        memory: _Memory,
+        now: float,
+    ) -> bool:
+        """Do what was decided. Returns whether something turned out to be impossible, which the next plan must hear."""
+        news = False
+        for action in decided.actions:
+            if isinstance(action, Stop):
+                attempt = next(a for a in observed.attempts[action.stage] if a.number == action.number)
+                job = jobs[attempt.job or ""]
+                if ANNOTATION_STOPPED not in job["metadata"].get("annotations", {}):
+                    self._cluster.stop_job(job, now)
+                    self.acted("stop")
+            elif isinstance(action, Start):
+                news |= self._start(run, action, observed, memory)
+        return news
+
+    def _start(self, run: RLHFRun, action: Start, observed: Observed, memory: _Memory) -> bool:
+        stage, held = action.link.name, memory.held.get(action.link.name)
+        try:
+            self._cluster.create_job(stage_job(run, action.link, action.number, self._settings, observed.asked_at))
+        except AlreadyExists:  # made by the operator before this one, or not seen yet
+            return False
+        except (UserError, Invalid) as error:
+            memory.refused[stage] = str(error)
+            self.acted("refused")
+            return True
+        except Denied as error:
+            memory.held[stage] = Hold("Denied", str(error))
+            self.acted("held")
+            return held is None
+        memory.held.pop(stage, None)
+        self.acted("start")
+        return False
+
+    def _next_look(self, decided: Plan, now: float) -> float:
+        running = any(stage.state == "Running" for stage in decided.status.stages)
+        return now + (PROGRESS_SECONDS if running else RESYNC_SECONDS) * random.uniform(0.8, 1.2)
+
+    def _memory(self, uid: str, generation: int | None) -> _Memory:
+        with self._lock:
+            memory = self._memories.setdefault(uid, _Memory())
+        if memory.generation != generation:
+            memory.generation, memory.refused, memory.held = generation, {}, {}
+        return memory
+
+    def _forget(self, uid: str) -> None:
+        with self._lock:
+            self._memories.pop(uid, None)
+        self._store.forget(uid)
+
+
+def merge_patch(old: Mapping[str, Any], new: Mapping[str, Any]) -> Document:
+    """The JSON merge patch (RFC 7386) that makes `old` into `new`; empty if they are equal."""
+    patch: Document = {name: None for name in old if name not in new}
+    for name, value in new.items():
+        below = old.get(name)
+        if isinstance(value, dict) and isinstance(below, dict):
+            if inner := merge_patch(below, value):
+                patch[name] = inner
+        elif value != below or name not in old:
+            patch[name] = value
+    return patch
+
+
+def _owner(document: Document) -> str | None:
+    owners = document["metadata"].get("ownerReferences", [])
+    return next((owner["uid"] for owner in owners if owner.get("controller")), None)
+
+
+def _status_in(document: Document) -> RunStatus | None:
+    """The status, or None if there is none or another version wrote it: it is made anew."""
+    try:
+        return RunStatus.model_validate(document["status"]) if document.get("status") else None
+    except ValidationError:
+        return None
+
+
+def _run_in(document: Document, status: RunStatus | None) -> RLHFRun:
+    """The run. Raises UserError with every complaint; what breaks a rule alone is left to the plan."""
+    plain = {name: document.get(name) for name in ("apiVersion", "kind", "metadata", "spec")}
+    try:
+        run = RLHFRun.model_validate(plain, strict=True, by_alias=True, by_name=False)
+    except ValidationError:
+        run = parse_run(plain)
+    return run.model_copy(update={"status": status})
