@@ -1,7 +1,7 @@
 """Which files of a hub data set hold the rows of one split: its card says so, or the names of the files do."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Any
@@ -12,6 +12,7 @@ from rlhf_api.errors import UserError
 
 CARD = "README.md"
 FORMATS = ".parquet, .csv, .jsonl, .ndjson, .json (one object a line), the text formats also with .gz"
+DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "state.json")  # written by the hub's own library
 # The names that the hub's own library takes for each split.
 SPLITS = {
     "train": ("train", "training"),
@@ -22,14 +23,14 @@ SHARD = re.compile(r"([^/]+)-\d{5}-of-\d{5}[^/]*$")
 Subset = Mapping[str, Sequence[str]] | str  # patterns of files by split, or a folder
 
 
-def split_files(source: str, names: Iterable[str], card: str, subset: str, split: str) -> list[str]:
+def split_files(source: str, names: Collection[str], card: str, subset: str, split: str) -> list[str]:
     """The files that make up `split`, sorted; all of one format.
 
     names: every file of the repository `source`. card: its README.md, "" if none. subset: one that the card names, or
     a folder; "" for the repository as a whole. Raises UserError, with what is there, if nothing could be meant, or
     more than one thing.
     """
-    tables = sorted(name for name in names if table_format(name) and not name.startswith("."))
+    tables = sorted(name for name in names if table_format(name) and not _is_aside(name))
     if not tables:
         raise UserError(f"source: {source} has no table; it has {_some(sorted(names))}; known are {FORMATS}")
     subsets, default = _subsets(source, card)
@@ -50,7 +51,7 @@ def split_files(source: str, names: Iterable[str], card: str, subset: str, split
         splits = {part: _matching(patterns, tables) for part, patterns in described.items()}
     files = splits.get(split)
     if not files:
-        raise UserError(f"split: {split!r} is no split of {place}; it has {_some(part for part in splits)}")
+        raise UserError(f"split: {split!r} is no split of {place}; it has {_some(splits)}")
     if len({table_format(name) for name in files}) > 1:
         raise UserError(
             f"source: {place} has {split!r} in several formats: {_some(files)}; name one: {source}/{files[0]}"
@@ -70,6 +71,12 @@ def table_format(name: str) -> str | None:
         case ".jsonl" | ".ndjson" | ".json":
             return "jsonl"
     return None
+
+
+def _is_aside(name: str) -> bool:
+    """Whether a file is hidden, or about the data instead of data."""
+    *_, last = parts = name.split("/")
+    return last in DESCRIPTIONS or any(part.startswith((".", "__")) for part in parts)
 
 
 def _subsets(source: str, card: str) -> tuple[dict[str, Subset], str | None]:

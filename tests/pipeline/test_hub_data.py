@@ -118,7 +118,8 @@ configs:
         (["d/train_sft-00000-of-00001.parquet", "d/train_gen-00000-of-00001.parquet"], "train_gen", None),
         (["p/unsupervised-00000-of-00001-a1.parquet", "p/train-00000-of-00001.parquet"], "train", None),
         (["holdout.csv", "pretraining.csv", "train.csv"], "holdout", ["holdout.csv"]),
-        ([".cache/train.csv", "train.csv"], "train", ["train.csv"]),
+        ([".cache/train.csv", "a/__x/train.csv", "train.csv"], "train", ["train.csv"]),
+        (["reviews.csv", "dataset_infos.json"], "train", ["reviews.csv"]),
     ],
 )
 def test_the_names_of_files_say_what_the_split_is(names: list[str], split: str, expected: list[str] | None) -> None:
