@@ -13,7 +13,7 @@ from rlhf_api.errors import UserError
 CARD = "README.md"
 FORMATS = ".parquet, .csv, .jsonl, .ndjson, .json (one object a line), the text formats also with .gz"
 DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "state.json")  # written by the hub's own library
-# The names that the hub's own library takes for each split.
+# The words that the hub's own library takes for each split, and below the order in which it looks for them.
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -117,21 +117,21 @@ def _matching(patterns: Sequence[str], tables: Sequence[str]) -> list[str]:
 
 
 def _by_name(tables: Sequence[str], split: str) -> dict[str, list[str]]:
-    """Files by split: as shards are named, else by a word of the file's name, else of its folders; else all train."""
+    """Files by split: as shards are named, else by a word of the folders, else of the files' names; else all train."""
     shards: dict[str, list[str]] = {}
     for name in tables:
         if shard := SHARD.search(name):
             shards.setdefault(shard[1], []).append(name)
     words = SPLITS if split in SPLITS else {**SPLITS, split: (split.lower(),)}
-    by_file, by_folder = (
+    by_folder, by_file = (
         {
             part: found
             for part, known in words.items()
             if (found := [name for name in tables if set(known) & set(re.findall("[a-z]+", text(name).lower()))])
         }
-        for text in (lambda name: PurePosixPath(name).name, lambda name: str(PurePosixPath(name).parent))
+        for text in (lambda name: str(PurePosixPath(name).parent), lambda name: PurePosixPath(name).name)
     )
-    return shards or by_file or by_folder or {"train": list(tables)}
+    return shards or by_folder or by_file or {"train": list(tables)}
 
 
 def _some(names: Iterable[str]) -> str:

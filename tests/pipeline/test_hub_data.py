@@ -119,6 +119,7 @@ configs:
         (["p/unsupervised-00000-of-00001-a1.parquet", "p/train-00000-of-00001.parquet"], "train", None),
         (["holdout.csv", "pretraining.csv", "train.csv"], "holdout", ["holdout.csv"]),
         ([".cache/train.csv", "a/__x/train.csv", "train.csv"], "train", ["train.csv"]),
+        (["data/test/x-test.csv", "data/train/x-test.csv"], "train", ["data/train/x-test.csv"]),
         (["reviews.csv", "dataset_infos.json"], "train", ["reviews.csv"]),
     ],
 )
