@@ -128,6 +128,37 @@ def test_the_names_of_files_say_what_the_split_is(names: list[str], split: str, 
 
 
 @pytest.mark.parametrize(
+    "names",
+    [
+        "a.csv b.csv",
+        "train.csv test.csv codes.csv",
+        "my_train_set.csv my-test-set.csv dev.csv",
+        "train1.csv train2.csv 2024-eval.csv",
+        "holdout.csv pretraining.csv train.csv",
+        "b/train.jsonl.gz a/train.jsonl.gz a/test.jsonl.gz",
+        "training/a.csv valid/b.csv test.csv",
+        "data/train/x-test.csv data/test/x-test.csv",
+        "data/train_sft-00000-of-00001.parquet data/train_gen-00000-of-00001.parquet train.parquet",
+        "reviews.csv dataset_infos.json .cache/x.csv __x/y.csv",
+    ],
+)
+def test_the_splits_are_those_that_the_hubs_own_library_finds(tmp_path: Path, names: str) -> None:
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    for name in names.split():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    found = DataFilesDict.from_patterns(get_data_patterns(str(tmp_path)), base_path=str(tmp_path))
+    for split in {"train", "validation", "test", *found}:
+        theirs = sorted(str(Path(file).relative_to(tmp_path)) for file in found.get(split, []))
+        if theirs:
+            assert split_files(SOURCE, names.split(), "", "", split) == theirs
+        else:
+            with pytest.raises(UserError, match="is no split"):
+                split_files(SOURCE, names.split(), "", "", split)
+
+
+@pytest.mark.parametrize(
     ("names", "more", "message"),
     [
         (["reviews.txt"], {}, r"source: {source} has no table; it has README\.md, reviews\.txt; known are \.parquet"),
