@@ -3,7 +3,13 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 RUN := manifests/examples/positive-reviews.yaml
 
-.PHONY: demo test test-cluster cluster-up cluster-down check generate format lock clean
+# What builds images, and the commit that dates and names them.
+BUILDER ?= $(firstword $(foreach name,buildah podman docker,$(if $(shell command -v $(name)),$(name))))
+IMAGES := images/operator images/pipeline images/minio
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
+
+.PHONY: demo test test-cluster cluster-up cluster-down check generate format lock clean images $(IMAGES)
 
 demo: $(INSTALLED)  ## The whole chain on this machine: a real model, real reviews
 	$(BIN)/rlhf run $(RUN)
@@ -35,9 +41,30 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lock:  ## Resolve the newest releases that pyproject.toml allows
-	.cache/uv/bin/uv pip compile --quiet --upgrade pyproject.toml --extra operator --extra pipeline --extra dev \
-	  --python-version 3.12 --no-emit-index-url --no-annotate --generate-hashes -o requirements.lock
+COMPILE := .cache/uv/bin/uv pip compile --quiet --python-version 3.12 --no-emit-index-url --no-annotate \
+  --generate-hashes --custom-compile-command "make lock"
+# Only CUDA code paths ask for these.
+CPU_LEAVES_OUT := triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cuda-cccl nvidia-cusolver nvidia-nvjitlink \
+  nvidia-nvtx
+
+lock:  ## Resolve the newest releases that pyproject.toml allows; the images' locks are parts of the one
+	$(COMPILE) --upgrade pyproject.toml --extra operator --extra pipeline --extra dev -o requirements.lock
+	$(COMPILE) pyproject.toml --extra operator -c requirements.lock -o requirements-operator.lock
+	$(COMPILE) pyproject.toml --extra pipeline -c requirements.lock -o requirements-pipeline-cuda.lock
+	$(COMPILE) pyproject.toml --extra pipeline -c requirements.lock -o requirements-pipeline-cpu.lock \
+	  $(CPU_LEAVES_OUT:%=--no-emit-package=%)
+	printf 'hatchling==1.32.0\nuv==0.13.9\n' | $(COMPILE) - -o requirements-build.lock
+
+images: $(IMAGES)  ## The three images: BUILDER=docker, podman or buildah; VARIANT=cpu; ARGUMENTS go to the builder
+
+images/pipeline: image_arguments = $(if $(VARIANT),--build-arg VARIANT=$(VARIANT))
+images/minio: image_arguments = --build-arg MINIO=$(shell sed -n 's/^version=//p' hack/minio.sh)
+$(IMAGES):
+	$(BUILDER) build -f $@/Containerfile -t rlhf-$(@F):$(VERSION)$(if $(filter images/pipeline,$@),$(VARIANT:%=-%)) \
+	  $(if $(filter docker,$(BUILDER)),,--timestamp $(SOURCE_DATE_EPOCH)) \
+	  --build-arg SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) --build-arg VERSION=$(VERSION) \
+	  --build-arg REVISION=$(shell git rev-parse HEAD) \
+	  --build-arg CREATED=$(shell date -u -d @$(SOURCE_DATE_EPOCH) +%Y-%m-%dT%H:%M:%SZ) $(image_arguments) $(ARGUMENTS) .
 
 clean: cluster-down
 	rm -rf .venv .cache .rlhf
