@@ -56,6 +56,13 @@ def attempts_of(
     return {stage: sorted(made, key=lambda attempt: attempt.number) for stage, made in found.items()}
 
 
+def container_ended(pod: Document, name: str) -> Document | None:
+    """The `terminated` state of one container of a pod; None while it has not ended."""
+    statuses: list[Document] = pod.get("status", {}).get("containerStatuses") or []
+    state: Document = next((each.get("state", {}) for each in statuses if each["name"] == name), {})
+    return state.get("terminated")
+
+
 def _attempt(
     job: Document, pods: Sequence[Document], stage: str, number: int, progress: Mapping[str, Progress], now: float
 ) -> Attempt:
@@ -156,9 +163,7 @@ def _result(text: str) -> StageResult | None:
 
 
 def _terminated(pod: Document) -> Document | None:
-    statuses: list[Document] = pod.get("status", {}).get("containerStatuses") or []
-    state: Document = next((each.get("state", {}) for each in statuses if each["name"] == STAGE_CONTAINER), {})
-    found: Document | None = state.get("terminated")
+    found = container_ended(pod, STAGE_CONTAINER)
     # What a kubelet that lost a container writes; nobody saw it end.
     return None if found is not None and found.get("reason") == "ContainerStatusUnknown" else found
 

@@ -33,7 +33,7 @@ SILENT_SECONDS: Final = 120.0  # that a pod which did not answer is left alone
 
 
 class Cluster(Protocol):
-    """The calls that a reconcile needs. Reads may lag; writes raise ApiError and Invalid, and are seen by later reads."""
+    """The calls that a reconcile needs. Reads may lag; writes raise ApiError or Invalid."""
 
     def run(self, namespace: str, name: str) -> Document | None:
         """The run, or None if there is none."""
@@ -48,7 +48,7 @@ class Cluster(Protocol):
         """Create a Job. Raises AlreadyExists, Invalid, Denied, or another ApiError."""
 
     def stop_job(self, job: Document, now: float) -> None:
-        """Let the Job end its pod, gracefully, and never start another; it stays as a record. No error if it is gone."""
+        """Let the Job end its pod, gracefully, and start none again; it stays as a record. No error if it is gone."""
 
     def write_status(self, run: Document, patch: Document) -> None:
         """Merge `patch` into the run's status. Raises Conflict if the run is not as it is in `run` any more."""
