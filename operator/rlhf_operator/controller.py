@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Final
 
 from prometheus_client import start_http_server
@@ -95,7 +96,7 @@ class Controller:
                 continue
             try:
                 with self.metrics.reconcile_seconds.time():
-                    again_at = await self._in_thread(lambda key=key: self._reconciler.reconcile(*key))
+                    again_at = await self._in_thread(partial(self._reconciler.reconcile, *key))
             except RLHFError as error:
                 self.metrics.failures.inc()
                 log.warning("%s/%s: %s; again in %.1f s", *key, error, self.queue.failed(key))
@@ -139,7 +140,7 @@ class Controller:
         """Read everything once, so that an event which a watch missed matters for minutes only."""
         for kind in KINDS:
             try:
-                changed: list[Key] = await self._in_thread(lambda kind=kind: self._cluster.list_all(kind))
+                changed: list[Key] = await self._in_thread(partial(self._cluster.list_all, kind))
             except RLHFError as error:
                 log.warning("%s", error)
                 continue

@@ -18,6 +18,7 @@ from rlhf_store.artifacts import Artifacts, open_artifacts
 
 PROBE_SECONDS: Final = 300.0  # that a store which took a write is believed to take the next
 PROBLEM_SECONDS: Final = 10.0  # that a store which failed one run is not asked for another
+PATIENCE: Final = 5.0  # seconds for an answer: others wait behind it
 PROBE: Final = "probe/"
 
 Figures = Mapping[str, Mapping[str, float]]
@@ -91,7 +92,7 @@ class StoreView:
     def _opened(self, store: StoreConfig) -> Artifacts:
         with self._lock:
             if (found := self._stores.get(str(store))) is None:
-                found = self._stores[str(store)] = open_artifacts(store)
+                found = self._stores[str(store)] = open_artifacts(store, PATIENCE)
             return found
 
     def _prove(self, store: StoreConfig, artifacts: Artifacts) -> None:

@@ -26,13 +26,16 @@ __all__ = ["ArtifactWriter", "Artifacts", "FileEntry", "Garbage", "Manifest", "o
 SMALL_UPLOADS = 4  # files of a folder sent at once
 
 
-def open_artifacts(store: StoreConfig) -> "Artifacts":
-    """The artifacts of a store. S3 credentials come from the environment; raises StoreError if there are none."""
+def open_artifacts(store: StoreConfig, patience: float = 120.0) -> "Artifacts":
+    """The artifacts of a store. S3 credentials come from the environment; raises StoreError if there are none.
+
+    `patience`: seconds that an S3 store may take to go on with an answer.
+    """
     if store.url.startswith("file://"):
         return Artifacts(FileObjects(Path(unquote(urlsplit(store.url).path))))
     from rlhf_store.s3_objects import S3Objects
 
-    return Artifacts(S3Objects.from_environment(store, os.environ))
+    return Artifacts(S3Objects.from_environment(store, os.environ, patience))
 
 
 class Artifacts:

@@ -42,8 +42,10 @@ class S3Objects:
         self._decides_races = False
 
     @classmethod
-    def from_environment(cls, store: StoreConfig, environment: Mapping[str, str]) -> "S3Objects":
-        """The store, with the credentials of the environment. Nothing is sent yet."""
+    def from_environment(
+        cls, store: StoreConfig, environment: Mapping[str, str], patience: float = 120.0
+    ) -> "S3Objects":
+        """The store, with the credentials of the environment. Nothing is sent yet. `patience`: of a read, in seconds."""
         access, secret = environment.get(ENV_ACCESS_KEY), environment.get(ENV_SECRET_KEY)
         if not access or not secret:
             raise StoreError(f"{store.url}: no credentials; set {ENV_ACCESS_KEY} and {ENV_SECRET_KEY}")
@@ -54,7 +56,7 @@ class S3Objects:
         if server.scheme not in ("http", "https") or not server.netloc or server.path.strip("/"):
             raise UserError(f"store.endpoint: {endpoint!r} is not http://host:port or https://host:port")
         http = urllib3.PoolManager(
-            timeout=urllib3.Timeout(connect=10, read=120),
+            timeout=urllib3.Timeout(connect=min(10, patience), read=patience),
             maxsize=32,
             cert_reqs="CERT_REQUIRED",
             ca_certs=environment.get("SSL_CERT_FILE") or certifi.where(),
