@@ -2,6 +2,7 @@
 # down.sh: removes the test cluster and everything it left, also after a crash. Built tools and images are kept.
 set -euo pipefail
 . "$(dirname "$0")/env.sh"
+export KUBECONFIG=$kubeconfig
 [ -e "$CONTAINERS_CONF" ] || exit 0
 if [ -x "$bin/kind" ]; then kind delete cluster --name "$cluster" >&2 || true; fi
 # This podman's storage is the cluster's alone: whatever is in it is the cluster's.

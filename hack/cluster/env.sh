@@ -9,7 +9,7 @@ set -a
 . "$here/versions.env"
 set +a
 export PATH=$bin:$PATH
-export KUBECONFIG=$cache/kubeconfig
+kubeconfig=$cache/kubeconfig
 export KIND_EXPERIMENTAL_PROVIDER=podman
 export CONTAINERS_CONF=$cache/podman/containers.conf CONTAINERS_STORAGE_CONF=$cache/podman/storage.conf
 export XDG_RUNTIME_DIR=$cache/podman/run

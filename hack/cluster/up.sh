@@ -2,6 +2,7 @@
 # up.sh: starts the test cluster, built first where it is not, and prints its kubeconfig. A running one is kept.
 set -euo pipefail
 . "$(dirname "$0")/env.sh"
+export KUBECONFIG=$kubeconfig
 "$here/tools.sh" node clients
 "$here/node-image.sh"
 hold cluster

@@ -93,6 +93,18 @@ def cluster_namespace(cluster_kubectl: Kubectl) -> Iterator[str]:
     yield from _namespace(cluster_kubectl)
 
 
+@pytest.fixture(scope="session")
+def load_image(cluster: Path) -> Callable[[Path], None]:
+    """A function that puts the images of a docker-archive file on every node of `cluster`, which kind made."""
+
+    def load(archive: Path) -> None:
+        environment = {**os.environ, "KUBECONFIG": str(cluster)}
+        loaded = subprocess.run([SCRIPTS / "load-image.sh", archive], env=environment, text=True, capture_output=True)
+        assert loaded.returncode == 0, loaded.stderr
+
+    return load
+
+
 def kubectl_of(kubeconfig: Path) -> Kubectl:
     """A function that runs kubectl with its arguments and `stdin`, and fails with what it said unless check=False."""
     environment = {**os.environ, "KUBECONFIG": str(kubeconfig), "PATH": f"{BIN}:{os.environ['PATH']}"}
