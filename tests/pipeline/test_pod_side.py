@@ -42,6 +42,7 @@ import time
 from rlhf_pipeline.stage_process import Interrupted
 
 def run(stage):
+    stage.progress.update(step=2, total=12, phase="training")
     stage.log(3, loss=0.25, grad_norm=1.5)
     stage.progress.update(step=3, total=12, phase="training", loss=0.25)
     while not stage.stopping:
