@@ -42,8 +42,9 @@ kubernetes_module() {
 build_kubernetes() {
     local about=k8s.io/component-base/version minor=${KUBERNETES#v1.}
     kubernetes_module
-    go build -trimpath -o "$bin.new/" "k8s.io/kubernetes/cmd/$1" \
-        -ldflags "-s -w -X $about.gitVersion=$KUBERNETES -X $about.gitMajor=1 -X $about.gitMinor=${minor%%.*}"
+    go build -trimpath -o "$bin.new/" \
+        -ldflags "-s -w -X $about.gitVersion=$KUBERNETES -X $about.gitMajor=1 -X $about.gitMinor=${minor%%.*}" \
+        "k8s.io/kubernetes/cmd/$1"
 }
 
 # So has etcd's server, and its replaced parts are the published ones.
