@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 
 COMMIT = "c" * 40
+ABOUT = re.compile(r"api/(?P<kind>models|datasets)/(?P<repository>[^/]+/[^/]+)(/revision/(?P<revision>.+))?")
+FILE = re.compile(r"((?P<kind>datasets)/)?(?P<repository>[^/]+/[^/]+)/resolve/(?P<commit>[^/]+)/(?P<name>.+)")
 
 
 class Hub:
@@ -38,12 +41,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         path = self.path.split("?")[0].strip("/")
         if self.hub.refuses:
             return self._send(self.hub.refuses, b"", {"X-Error-Message": "Invalid credentials in Authorization header"})
-        if path.startswith("api/"):
-            kind, owner, name, *rest = path.removeprefix("api/").split("/")
-            return self._about(kind, f"{owner}/{name}", rest[1] if rest else "main")
-        kind = "datasets" if path.startswith("datasets/") else "models"
-        owner, name, _, commit, *inner = path.removeprefix("datasets/").split("/")
-        return self._file(kind, f"{owner}/{name}", commit, "/".join(inner))
+        if about := ABOUT.fullmatch(path):
+            return self._about(about["kind"], about["repository"], about["revision"] or "main")
+        if file := FILE.fullmatch(path):
+            return self._file(file["kind"] or "models", file["repository"], file["commit"], file["name"])
+        return self._send(404, b"", {})  # what else the client likes to know
 
     def _folder(self, kind: str, repository: str) -> Path | None:
         held: dict[str, Path] = getattr(self.hub, kind)
