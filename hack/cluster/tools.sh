@@ -56,6 +56,16 @@ build_etcd() {
     go build -trimpath -ldflags "-s -w" -o "$bin.new/etcd" go.etcd.io/etcd/server/v3
 }
 
+# In a copy of Kubernetes' module, so that what they share is compiled once.
+build_coredns() {
+    local module=$cache/src/coredns-$COREDNS
+    (kubernetes_module)
+    rm -rf "$module" && cp -r "$cache/src/kubernetes-$KUBERNETES" "$module" && cd "$module"
+    cp "$here/node/coredns.go" main.go
+    go get "github.com/coredns/coredns@$COREDNS" && go mod tidy
+    go build -trimpath -ldflags "-s -w" -o "$bin.new/coredns" .
+}
+
 install() { GOBIN=$bin.new go install -trimpath -ldflags "-s -w ${2:-}" "$1"; }
 
 build() {
@@ -63,7 +73,7 @@ build() {
     kube* ) build_kubernetes "$1" ;;
     etcd ) build_etcd ;;
     containerd* | ctr ) install "github.com/containerd/containerd/v2/cmd/$1@$CONTAINERD" ;;
-    coredns ) install "github.com/coredns/coredns@$COREDNS" ;;
+    coredns ) build_coredns ;;
     host-local ) install "github.com/containernetworking/plugins/plugins/ipam/$1@$CNI_PLUGINS" ;;
     loopback | ptp ) install "github.com/containernetworking/plugins/plugins/main/$1@$CNI_PLUGINS" ;;
     portmap ) install "github.com/containernetworking/plugins/plugins/meta/$1@$CNI_PLUGINS" ;;
