@@ -45,7 +45,7 @@ class S3Objects:
     def from_environment(
         cls, store: StoreConfig, environment: Mapping[str, str], patience: float = 120.0
     ) -> "S3Objects":
-        """The store, with the credentials of the environment. Nothing is sent yet. `patience`: of a read, in seconds."""
+        """The store, with the credentials of the environment. Nothing is sent yet. `patience`: of a read, seconds."""
         access, secret = environment.get(ENV_ACCESS_KEY), environment.get(ENV_SECRET_KEY)
         if not access or not secret:
             raise StoreError(f"{store.url}: no credentials; set {ENV_ACCESS_KEY} and {ENV_SECRET_KEY}")

@@ -1,0 +1,823 @@
+"""One run reconciled, against a small cluster in memory and a real file store.
+
+The cluster stands in for time and money only: it keeps versions, refuses stale writes and names that are taken, and can
+die before or after any call. tests/cluster runs the operator on a real one.
+"""
+
+import copy
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_api.errors import FailureClass
+from rlhf_api.names import (
+    ANNOTATION_STOPPED,
+    ENV_STAGE_CONFIG,
+    EXIT_CODES,
+    EXIT_INTERRUPTED,
+    LABEL_RUN,
+    LABEL_STAGE,
+)
+from rlhf_api.run import ObjectStore, RunStatus
+from rlhf_api.stage import Progress, StageConfig, StageFailure, StageResult
+from rlhf_operator.attempts import attempts_of
+from rlhf_operator.conditions import stamp
+from rlhf_operator.kubernetes_api import AlreadyExists, ApiError, Conflict, Denied, Invalid
+from rlhf_operator.operator_settings import OperatorSettings
+from rlhf_operator.plan import Attempt
+from rlhf_operator.reconcile import Reconciler, merge_patch
+from rlhf_operator.run_events import RunEvent
+from rlhf_operator.stages import STAGES
+from rlhf_operator.store_view import StoreView
+from rlhf_store.artifacts import open_artifacts
+
+Document = dict[str, Any]
+NOW = 1_800_000_000.0
+STAGES_OF_RUN = ["import-model", "import-prompts", "reward", "ppo", "evaluate"]
+
+
+class Crash(BaseException):
+    """The operator was killed."""
+
+
+class SmallCluster:
+    """The API server, the Job controller and one patient node, in memory."""
+
+    def __init__(self) -> None:
+        self.now = NOW
+        self.runs: dict[str, Document] = {}
+        self.jobs_: dict[str, Document] = {}
+        self.pods_: dict[str, Document] = {}
+        self.events: list[RunEvent] = []
+        self.calls = 0
+        self.crash_at: int | None = None
+        self.crash_after = False
+        self.refuse: Callable[[Document], None] = lambda job: None
+        self.pages: dict[str, Progress] = {}
+        self._versions = itertools.count(1)
+        self._uids = itertools.count(1)
+
+    # ---- what the operator calls ----
+
+    def run(self, namespace: str, name: str) -> Document | None:
+        return self._read(lambda: self.runs.get(name))
+
+    def jobs(self, namespace: str, run: str) -> list[Document]:
+        return self._read(lambda: [job for job in self.jobs_.values() if job["metadata"]["labels"][LABEL_RUN] == run])
+
+    def pods(self, namespace: str, run: str) -> list[Document]:
+        return self._read(lambda: [pod for pod in self.pods_.values() if pod["metadata"]["labels"][LABEL_RUN] == run])
+
+    def create_job(self, job: Document) -> None:
+        def create() -> None:
+            name = job["metadata"]["name"]
+            if name in self.jobs_:
+                raise AlreadyExists(name)
+            self.refuse(job)
+            made = copy.deepcopy(job)
+            made["metadata"] |= {"uid": f"job-{next(self._uids)}", "creationTimestamp": stamp(self.now)}
+            self.jobs_[name] = self._touched(made)
+
+        self._write(create)
+
+    def stop_job(self, job: Document, now: float) -> None:
+        def stop() -> None:
+            if found := self.jobs_.get(job["metadata"]["name"]):
+                found["metadata"].setdefault("annotations", {})[ANNOTATION_STOPPED] = stamp(now)
+                found["spec"]["activeDeadlineSeconds"] = 1
+                self._touched(found)
+
+        self._write(stop)
+
+    def write_status(self, run: Document, patch: Document) -> None:
+        def write() -> None:
+            found = self.runs[run["metadata"]["name"]]
+            if found["metadata"]["resourceVersion"] != run["metadata"]["resourceVersion"]:
+                raise Conflict("the object has been modified")
+            found["status"] = merged(found.get("status", {}), patch)
+            self._touched(found)
+
+        self._write(write)
+
+    def delete_run(self, run: Document) -> None:
+        def delete() -> None:
+            found = self.runs.pop(run["metadata"]["name"], None)
+            uid = found["metadata"]["uid"] if found else ""
+            self.jobs_ = {n: j for n, j in self.jobs_.items() if j["metadata"]["ownerReferences"][0]["uid"] != uid}
+
+        self._write(delete)
+
+    def record(self, run: Document, event: RunEvent) -> None:
+        self._write(lambda: self.events.append(event))
+
+    def progress(self, pod: Document, stage: str) -> Progress | None:
+        return self.pages.get(stage)
+
+    # ---- what people, the Job controller and the kubelet do ----
+
+    def apply(self, document: Document) -> None:
+        """kubectl apply."""
+        name = document["metadata"]["name"]
+        old = self.runs.get(name)
+        made = copy.deepcopy(document)
+        if old is None:
+            made["metadata"] |= {"uid": f"run-{next(self._uids)}", "generation": 1, "namespace": "default"}
+        else:
+            generation = old["metadata"]["generation"] + (old["spec"] != made["spec"])
+            made["metadata"] = old["metadata"] | {"generation": generation}
+            made["status"] = old.get("status", {})
+        self.runs[name] = self._touched(made)
+
+    def touch(self, name: str) -> None:
+        """kubectl label."""
+        self._touched(self.runs[name])
+
+    def start_pods(self) -> None:
+        """Each Job that has not ended gets its pod."""
+        for job in list(self.jobs_.values()):
+            name = f"{job['metadata']['name']}-abcde"
+            if ended(job) or name in self.pods_ or "activeDeadlineSeconds" in job["spec"]:
+                continue
+            template = copy.deepcopy(job["spec"]["template"])
+            owner = {"kind": "Job", "uid": job["metadata"]["uid"], "controller": True}
+            metadata = template["metadata"] | {
+                "name": name, "uid": f"pod-{next(self._uids)}", "ownerReferences": [owner],
+                "creationTimestamp": stamp(self.now),
+            }  # fmt: skip
+            state = {"name": "stage", "state": {"running": {}}}
+            self.pods_[name] = self._touched(
+                {
+                    "metadata": metadata,
+                    "spec": template["spec"],
+                    "status": {"phase": "Running", "containerStatuses": [state]},
+                }
+            )
+
+    def end_stopped(self) -> None:
+        """Jobs past their deadline lose their pods, then fail."""
+        for job in self.jobs_.values():
+            if "activeDeadlineSeconds" in job["spec"] and not ended(job):
+                self.pods_.pop(f"{job['metadata']['name']}-abcde", None)
+                self.end_job(job, "Failed", "DeadlineExceeded")
+
+    def end_pod(self, job: Document, code: int, message: str, reason: str = "") -> None:
+        """The stage's container ends, and the Job with it."""
+        pod = self.pods_[f"{job['metadata']['name']}-abcde"]
+        terminated = {"exitCode": code, "message": message, "reason": reason or ("Error" if code else "Completed")}
+        pod["status"] = {
+            "phase": "Failed" if code else "Succeeded",
+            "containerStatuses": [{"name": "stage", "state": {"terminated": terminated}}],
+        }
+        self._touched(pod)
+        self.end_job(job, "Failed" if code else "Complete", "BackoffLimitExceeded" if code else "")
+
+    def end_job(self, job: Document, kind: str, reason: str) -> None:
+        condition = {"type": kind, "status": "True", "reason": reason, "lastTransitionTime": stamp(self.now)}
+        job.setdefault("status", {})["conditions"] = [condition]
+        self._touched(job)
+
+    def active(self) -> list[Document]:
+        return [job for job in self.jobs_.values() if not ended(job)]
+
+    def _touched(self, document: Document) -> Document:
+        document["metadata"]["resourceVersion"] = str(next(self._versions))
+        return document
+
+    def _read[T](self, get: Callable[[], T]) -> T:
+        self._step(before=True)
+        return copy.deepcopy(get())
+
+    def _write(self, change: Callable[[], None]) -> None:
+        self._step(before=True)
+        change()
+        self._step(before=False)
+
+    def _step(self, before: bool) -> None:
+        """Die here if it is the turn of this call; reads and the moment before a write count once."""
+        if before:
+            self.calls += 1
+        if self.calls == self.crash_at and before is not self.crash_after:
+            self.crash_at = None
+            raise Crash
+
+
+def merged(old: Document, patch: Document) -> Document:
+    """RFC 7386, by its own pseudocode."""
+    result = dict(old)
+    for name, value in patch.items():
+        if value is None:
+            result.pop(name, None)
+        elif isinstance(value, dict):
+            below = result.get(name)
+            result[name] = merged(below if isinstance(below, dict) else {}, value)
+        else:
+            result[name] = value
+    return result
+
+
+def ended(job: Document) -> bool:
+    return bool(job.get("status", {}).get("conditions"))
+
+
+class World:
+    """A cluster, a store, and an operator that can be replaced."""
+
+    def __init__(self, folder: Path) -> None:
+        self.deaths = 0
+        self.cluster = SmallCluster()
+        self.settings = OperatorSettings(image="pipeline:1", bucket=(folder / "store").as_uri())
+        self.artifacts = open_artifacts(self.settings.store_of(ObjectStore()))
+        self.restart()
+
+    def restart(self) -> None:
+        view = StoreView(self.settings, lambda: self.cluster.now)
+        self.operator = Reconciler(self.cluster, self.settings, view, lambda: self.cluster.now)
+
+    def document(self, **spec: Any) -> Document:
+        short = {
+            "model": {"source": "hf://owner/model"},
+            "data": {"prompts": {"source": "hf://datasets/owner/prompts"}},
+            "reward": {"function": "module:callable"},
+        }
+        return {
+            "apiVersion": "rlhf.dev/v1alpha1",
+            "kind": "RLHFRun",
+            "metadata": {"name": "run"},
+            "spec": {**short, **spec},
+        }
+
+    def apply(self, **spec: Any) -> None:
+        self.cluster.apply(self.document(**spec))
+
+    def look(self) -> float | None:
+        """Reconcile once; an operator that dies is followed by another."""
+        try:
+            return self.operator.reconcile("default", "run")
+        except Crash:
+            self.deaths += 1
+            self.restart()
+            return self.cluster.now
+
+    def settle(self) -> None:
+        """Reconcile until nothing changes."""
+        for _ in range(20):
+            before = self.state_of_world(), self.deaths
+            self.look()
+            if (self.state_of_world(), self.deaths) == before:
+                return
+        raise AssertionError("it never comes to rest")
+
+    def state_of_world(self) -> str:
+        everything = [self.cluster.runs, self.cluster.jobs_]
+        return json.dumps(everything, sort_keys=True)
+
+    def status(self) -> RunStatus:
+        return RunStatus.model_validate(self.cluster.runs["run"]["status"])
+
+    def states(self) -> dict[str, str]:
+        return {stage.name: stage.state for stage in self.status().stages if stage.state != "Skipped"}
+
+    def conditions(self) -> dict[str, tuple[str, str, str]]:
+        return {each.type: (each.status, each.reason, each.message) for each in self.status().conditions}
+
+    def job(self, stage: str) -> Document:
+        """The unfinished Job of a stage."""
+        [found] = [job for job in self.cluster.active() if job["metadata"]["labels"][LABEL_STAGE] == stage]
+        return found
+
+    def config(self, job: Document) -> StageConfig:
+        variables = job["spec"]["template"]["spec"]["containers"][0]["env"]
+        text = next(each["value"] for each in variables if each["name"] == ENV_STAGE_CONFIG)
+        return StageConfig.model_validate_json(text)
+
+    def succeed(self, *stages: str) -> None:
+        """The pods of these stages, or of all that run, commit their artifacts and end."""
+        self.cluster.start_pods()
+        for job in self.cluster.active():
+            config = self.config(job)
+            if stages and config.stage not in stages:
+                continue
+            writer = self.artifacts.writer(config.output, config.attempt)
+            writer.add_bytes("report.json", b"{}")
+            writer.commit({"metrics": {"loss": 0.5}})
+            result = StageResult(stage=config.stage, artifact=config.output, metrics={"loss": 0.5})
+            self.cluster.end_pod(job, 0, result.to_bytes().decode())
+
+    def fail(self, stage: str, failure: FailureClass) -> None:
+        self.cluster.start_pods()
+        result = StageResult(stage=stage, failure=StageFailure(failure=failure, message=f"{stage} broke"))
+        self.cluster.end_pod(self.job(stage), EXIT_CODES[failure], result.to_bytes().decode())
+
+    def finish(self) -> None:
+        """Everything that starts succeeds."""
+        for _ in range(30):
+            self.settle()
+            if self.status().phase in ("Succeeded", "Failed"):
+                return
+            self.cluster.now += 10
+            self.succeed()
+        raise AssertionError(self.status())
+
+    def reasons(self) -> list[str]:
+        return [event.reason for event in self.cluster.events]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_a_run_goes_from_stage_to_stage_with_one_job_each(world: World) -> None:
+    world.apply()
+    world.finish()
+    assert list(world.cluster.jobs_) == [f"run-{stage}-1" for stage in STAGES_OF_RUN]
+    assert world.status().phase == "Succeeded"
+    assert set(world.states().values()) == {"Succeeded"}
+    ppo = next(stage for stage in world.status().stages if stage.name == "ppo")
+    assert (ppo.attempt, ppo.job, ppo.metrics) == (1, "run-ppo-1", {"loss": 0.5})
+    assert world.status().observed_generation == 1
+    for stage in STAGES_OF_RUN:
+        told = [event.reason for event in world.cluster.events if event.message.startswith(f"{stage}:")]
+        assert told == ["StageStarted", "StageSucceeded"]
+    assert world.reasons()[-1] == "RunSucceeded"
+
+
+def _outcome(world: World) -> Any:
+    """Everything that must not depend on where an operator died."""
+    status = world.status().model_dump()
+    for condition in status["conditions"]:
+        condition.pop("last_transition_time")
+    jobs = {name: job["metadata"]["labels"] for name, job in world.cluster.jobs_.items()}
+    return status, jobs, sorted(str(manifest.ref) for manifest in world.artifacts.list())
+
+
+def _failing_once(world: World) -> None:
+    """A run with a failure, a suspension and a resumption in it."""
+    world.apply()
+    world.settle()
+    world.fail("import-model", "infrastructure")
+    world.settle()
+    world.cluster.now += 6
+    world.settle()
+    world.apply(suspend=True)
+    world.settle()
+    world.cluster.end_stopped()
+    world.settle()
+    world.cluster.now += 5
+    world.apply()
+    world.finish()
+
+
+def _calls(tmp_path: Path, story: Callable[[World], None]) -> int:
+    world = World(tmp_path)
+    story(world)
+    return world.cluster.calls
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_an_operator_that_dies_at_any_call_is_followed_as_if_it_had_not(tmp_path: Path, after: bool) -> None:
+    whole = World(tmp_path / "whole")
+    _failing_once(whole)
+    wanted = _outcome(whole)
+    assert whole.status().phase == "Succeeded"
+    deaths = 0
+    for turn in range(1, whole.cluster.calls + 1):
+        world = World(tmp_path / f"{after}-{turn}")
+        world.cluster.crash_at, world.cluster.crash_after = turn, after
+        _failing_once(world)
+        deaths += world.deaths
+        assert _outcome(world) == wanted, f"died {'after' if after else 'before'} call {turn}"
+    assert deaths > 20
+
+
+def test_a_status_write_on_old_news_is_refused_and_nothing_is_started(world: World) -> None:
+    world.apply()
+    real = world.cluster.run
+
+    def stale(namespace: str, name: str) -> Document | None:
+        found = real(namespace, name)
+        world.cluster.touch("run")
+        return found
+
+    world.cluster.run = stale  # type: ignore[method-assign]
+    with pytest.raises(Conflict):
+        world.operator.reconcile("default", "run")
+    assert not world.cluster.jobs_
+    world.cluster.run = real  # type: ignore[method-assign]
+    world.settle()
+    assert list(world.cluster.jobs_) == ["run-import-model-1"]
+
+
+def test_a_job_that_is_not_seen_yet_is_not_made_twice(world: World) -> None:
+    world.apply()
+    world.settle()
+    world.cluster.jobs = lambda namespace, run: []  # type: ignore[method-assign]
+    world.look()
+    world.look()
+    assert list(world.cluster.jobs_) == ["run-import-model-1"]
+
+
+def test_nothing_is_written_while_nothing_changes(world: World) -> None:
+    world.apply()
+    world.settle()
+    world.cluster.start_pods()
+    world.settle()
+    before = world.state_of_world()
+    for _ in range(5):
+        world.cluster.now += 30
+        world.look()
+    assert world.state_of_world() == before
+
+
+def test_suspend_stops_the_pod_keeps_the_record_and_resume_starts_the_next_attempt(world: World) -> None:
+    world.apply()
+    world.settle()
+    world.cluster.start_pods()
+    world.apply(suspend=True)
+    world.settle()
+    job = world.cluster.jobs_["run-import-model-1"]
+    assert job["spec"]["activeDeadlineSeconds"] == 1
+    assert "suspend" not in job["spec"]  # which a queue would take as its own
+    assert world.status().phase == "Running"
+    world.cluster.end_stopped()
+    world.settle()
+    assert (world.status().phase, world.states()["import-model"]) == ("Suspended", "Suspended")
+    world.cluster.now += 60
+    world.apply()
+    world.settle()
+    assert set(world.cluster.jobs_) == {"run-import-model-1", "run-import-model-2"}
+    world.finish()
+    assert world.status().phase == "Succeeded"
+    assert {"RunSuspended", "RunResumed"} <= set(world.reasons())
+
+
+def test_a_failed_run_is_forgiven_when_it_is_suspended_and_resumed(world: World) -> None:
+    world.apply()
+    world.settle()
+    world.fail("import-model", "user")
+    world.settle()
+    assert world.status().phase == "Failed"
+    assert world.conditions()["Failed"] == ("True", "User", "import-model: import-model broke")
+    assert {"StageFailed", "RunFailed"} <= set(world.reasons())
+    world.cluster.now += 60
+    world.apply(ttlSecondsAfterFinished=3600)  # a change that asks for nothing
+    world.settle()
+    assert (world.status().phase, world.status().observed_generation) == ("Failed", 2)
+    world.apply(suspend=True)
+    world.settle()
+    world.apply()
+    world.finish()
+    assert world.status().phase == "Succeeded"
+
+
+def test_failures_are_retried_after_a_while_and_told(world: World) -> None:
+    world.apply()
+    world.settle()
+    world.fail("import-model", "infrastructure")
+    world.settle()
+    assert len(world.cluster.jobs_) == 1
+    world.cluster.now += 6
+    world.settle()
+    assert len(world.cluster.jobs_) == 2
+    assert "Retrying" in world.reasons()
+    assert world.status().stages[0].attempt == 2
+
+
+def test_a_pod_that_no_node_takes_is_pending_and_goes_on_when_one_does(world: World) -> None:
+    world.apply()
+    world.settle()
+    world.cluster.start_pods()
+    pod = world.cluster.pods_["run-import-model-1-abcde"]
+    running = pod["status"]
+    why = "0/3 nodes are available: 3 node(s) didn't match Pod's node affinity/selector."
+    unscheduled = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": why}
+    pod["status"] = {"phase": "Pending", "conditions": [unscheduled]}
+    world.settle()
+    assert (world.status().phase, world.states()["import-model"]) == ("Pending", "Pending")
+    assert world.conditions()["Progressing"] == ("True", "Unschedulable", f"import-model: {why}")
+    assert "StagePending" in world.reasons()
+    pod["status"] = running
+    world.settle()
+    assert (world.status().phase, world.states()["import-model"]) == ("Running", "Running")
+    assert world.conditions()["Progressing"] == ("True", "Running", "import-model")
+
+
+def test_progress_is_read_from_the_pod(world: World) -> None:
+    world.apply()
+    world.settle()
+    world.cluster.start_pods()
+    world.cluster.pages["import-model"] = Progress(stage="import-model", step=3, total=9, metrics={"rows": 2.0})
+    world.settle()
+    assert (world.status().progress, world.status().stages[0].metrics) == ("3/9", {"rows": 2.0})
+
+
+def test_no_pod_starts_while_the_store_is_away_and_nothing_is_lost(world: World, tmp_path: Path) -> None:
+    world.apply()
+    world.settle()
+    world.succeed()
+    world.settle()
+    assert world.states()["import-model"] == "Succeeded"
+    store, away, jobs = tmp_path / "store", tmp_path / "away", list(world.cluster.jobs_)
+    world.succeed()
+    store.rename(away)
+    store.write_text("no folder")
+    world.settle()
+    assert world.conditions()["StoreReady"][:2] == ("False", "Unavailable")
+    assert world.conditions()["Progressing"][:2] == ("True", "StoreUnavailable")
+    assert (world.states()["import-model"], list(world.cluster.jobs_)) == ("Succeeded", jobs)
+    world.restart()  # knows nothing but the status
+    world.settle()
+    assert (world.states()["import-model"], list(world.cluster.jobs_)) == ("Succeeded", jobs)
+    store.unlink()
+    away.rename(store)
+    world.cluster.now += 20
+    world.finish()
+    assert [name for name in world.cluster.jobs_ if not name.endswith("-1")] == []
+
+
+def test_what_stages_report_is_believed_where_only_they_have_the_credentials(world: World) -> None:
+    world.apply(objectStore={"credentialsSecret": "mine"})
+    world.finish()
+    assert world.status().phase == "Succeeded"
+    assert world.conditions()["StoreReady"][:2] == ("Unknown", "NotAsked")
+
+
+def test_a_pod_template_that_makes_no_pod_fails_the_run_with_its_field(world: World) -> None:
+    world.apply(placement={"podTemplate": {"containers": []}})
+    world.settle()
+    assert world.status().phase == "Failed"
+    status, reason, message = world.conditions()["Failed"]
+    assert (status, reason) == ("True", "User")
+    assert message.startswith("import-model: spec.placement.podTemplate.containers: unknown field")
+
+
+def test_a_job_that_the_api_server_refuses_fails_the_run_with_its_words(world: World) -> None:
+    def refuse(job: Document) -> None:
+        raise Invalid("Job.batch is invalid: spec.template.spec.priority: Invalid value")
+
+    world.cluster.refuse = refuse
+    world.apply()
+    world.settle()
+    assert "spec.template.spec.priority" in world.conditions()["Failed"][2]
+
+
+def test_a_quota_holds_a_run_back_until_there_is_room(world: World) -> None:
+    def refuse(job: Document) -> None:
+        raise Denied("exceeded quota: count/jobs.batch=10")
+
+    world.cluster.refuse = refuse
+    world.apply()
+    world.settle()
+    assert world.status().phase == "Pending"
+    assert world.conditions()["Progressing"] == (
+        "True", "Denied", "import-model: exceeded quota: count/jobs.batch=10",
+    )  # fmt: skip
+    again = world.look()
+    assert again is not None
+    assert again - world.cluster.now <= 36
+    world.cluster.refuse = lambda job: None
+    world.finish()
+    assert world.status().phase == "Succeeded"
+
+
+def test_an_api_server_that_is_away_changes_nothing(world: World) -> None:
+    def refuse(job: Document) -> None:
+        raise ApiError("no answer")
+
+    world.cluster.refuse = refuse
+    world.apply()
+    with pytest.raises(ApiError):
+        world.operator.reconcile("default", "run")
+    world.cluster.refuse = lambda job: None
+    world.finish()
+    assert list(world.cluster.jobs_) == [f"run-{stage}-1" for stage in STAGES_OF_RUN]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"lora": {"targetModules": 5}},
+        {"model": None},
+        {"data": {"prompts": {"source": 3}}},
+        {"sft": {"steps": "many"}},
+        {"placement": {"tolerations": ["x"]}},
+    ],
+    ids=str,
+)
+def test_a_spec_that_is_none_is_a_failed_run_and_no_crash(world: World, spec: Document) -> None:
+    world.apply(**spec)
+    world.settle()
+    assert world.status().phase == "Failed"
+    assert world.conditions()["Valid"][:2] == ("False", "Rejected")
+    assert "spec." in world.conditions()["Valid"][2]
+    assert not world.cluster.jobs_
+
+
+def test_a_status_that_another_version_wrote_is_made_anew(world: World) -> None:
+    world.apply()
+    world.cluster.runs["run"]["status"] = {"phase": "Dreaming", "unheard": 1}
+    world.finish()
+    assert world.status().phase == "Succeeded"
+    assert "unheard" not in world.cluster.runs["run"]["status"]
+
+
+def test_a_deadline_stops_the_run_and_fails_it(world: World) -> None:
+    world.apply(activeDeadlineSeconds=100)
+    world.settle()
+    world.cluster.start_pods()
+    wake = world.look()
+    assert wake is not None
+    assert wake <= NOW + 100
+    world.cluster.now += 101
+    world.settle()
+    assert "activeDeadlineSeconds" in world.cluster.jobs_["run-import-model-1"]["spec"]
+    world.cluster.end_stopped()
+    world.settle()
+    assert world.conditions()["Failed"][:2] == ("True", "DeadlineExceeded")
+
+
+def test_a_finished_run_is_deleted_when_its_time_is_up(world: World) -> None:
+    world.apply(ttlSecondsAfterFinished=100)
+    world.finish()
+    ended_at = world.cluster.now
+    assert world.look() == pytest.approx(ended_at + 100, abs=1)
+    world.cluster.now += 101
+    world.look()
+    assert world.cluster.runs == world.cluster.jobs_ == {}
+    assert len(list(world.artifacts.list())) == 5
+    assert world.look() is None
+
+
+def test_a_finished_run_rests_whatever_becomes_of_its_artifacts(world: World, tmp_path: Path) -> None:
+    world.apply()
+    world.finish()
+    jobs = list(world.cluster.jobs_)
+    (tmp_path / "store").rename(tmp_path / "gone")
+    world.cluster.jobs_.clear()
+    world.restart()
+    for _ in range(3):
+        world.cluster.now += 1000
+        assert world.look() is None
+    assert (world.status().phase, world.cluster.jobs_, len(jobs)) == ("Succeeded", {}, 5)
+
+
+def test_a_run_that_is_being_deleted_is_left_alone(world: World) -> None:
+    world.apply()
+    world.cluster.runs["run"]["metadata"]["deletionTimestamp"] = stamp(NOW)
+    assert world.look() is None
+    assert not world.cluster.jobs_
+
+
+def test_jobs_of_an_earlier_run_of_that_name_do_not_count(world: World) -> None:
+    world.apply()
+    world.settle()
+    world.fail("import-model", "user")
+    world.cluster.runs.clear()  # deleted, and its Jobs not collected yet
+    world.apply()
+    world.settle()
+    assert world.status().phase == "Pending"
+    world.cluster.jobs_.clear()
+    world.settle()
+    assert list(world.cluster.jobs_) == ["run-import-model-1"]
+
+
+def test_a_second_run_reuses_what_the_first_made(world: World) -> None:
+    world.apply()
+    world.finish()
+    world.cluster.delete_run(world.cluster.runs["run"])
+    world.cluster.events.clear()
+    world.apply()
+    world.finish()
+    assert not world.cluster.jobs_
+    assert set(world.states().values()) == {"Reused"} or world.status().phase == "Succeeded"
+
+
+def test_a_merge_patch_makes_one_document_into_the_other() -> None:
+    old = {"a": 1, "b": {"c": 1, "d": 2}, "e": [1], "f": {"g": 1}}
+    new = {"a": 1, "b": {"c": 1, "d": 3}, "e": [1, 2], "h": {"i": {}}}
+    patch = merge_patch(old, new)
+    assert patch == {"b": {"d": 3}, "e": [1, 2], "f": None, "h": {"i": {}}}
+    assert merged(old, patch) == new
+    assert merge_patch(new, new) == {}
+
+
+# ---- what Jobs and pods amount to ----------------------------------------------------------------------------------
+
+JOB: Document = {
+    "metadata": {
+        "name": "run-ppo-2", "uid": "job", "creationTimestamp": stamp(NOW),
+        "labels": {LABEL_STAGE: "ppo", "rlhf.dev/attempt": "2"},
+        "annotations": {"rlhf.dev/digest": "d", "rlhf.dev/asked-at": f"{NOW - 5:.0f}"},
+    },
+    "spec": {},
+}  # fmt: skip
+
+
+def seen(job: Document, *pods: Document, now: float = NOW + 10) -> Attempt:
+    whole = merged(JOB, job)
+    made = [
+        merged({"metadata": {"uid": f"pod-{n}", "ownerReferences": [{"uid": "job", "controller": True}]}}, pod)
+        for n, pod in enumerate(pods)
+    ]
+    [attempt] = attempts_of([whole], made, {}, now)["ppo"]
+    return attempt
+
+
+def failed_job(reason: str = "BackoffLimitExceeded", kind: str = "Failed") -> Document:
+    at = stamp(NOW + 5)
+    return {"status": {"conditions": [{"type": kind, "status": "True", "reason": reason, "lastTransitionTime": at}]}}
+
+
+def ended_pod(code: int, message: str = "", reason: str = "Error", **status: Any) -> Document:
+    state = {"terminated": {"exitCode": code, "message": message, "reason": reason}}
+    statuses = [{"name": "sidecar", "state": {}}, {"name": "stage", "state": state}]
+    return {"status": {"phase": "Failed" if code else "Succeeded", "containerStatuses": statuses, **status}}
+
+
+def held_pod(reason: str, **waiting: str) -> Document:
+    return {
+        "status": {
+            "phase": "Pending",
+            "containerStatuses": [{"name": "stage", "state": {"waiting": {"reason": reason, **waiting}}}],
+        }
+    }
+
+
+STOPPED = {"metadata": {"annotations": {ANNOTATION_STOPPED: stamp(NOW + 3)}}}
+
+
+def cases() -> Iterator[Any]:
+    broke = StageResult(stage="ppo", failure=StageFailure(failure="user", message="no")).to_bytes().decode()
+    stop = StageResult(stage="ppo", failure=StageFailure(failure="infrastructure", message="stopped")).to_bytes()
+    disrupted = [{"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "message": "drain"}]
+    yield "a result", failed_job(), [ended_pod(2, broke)], "user", "no"
+    yield "told to stop", failed_job(), [ended_pod(EXIT_INTERRUPTED, stop.decode())], "interrupted", ""
+    yield "SIGTERM", failed_job(), [ended_pod(143, "Terminated")], "interrupted", ""
+    yield "memory", failed_job(), [ended_pod(137, "", "OOMKilled")], "outOfMemory", "raise the limit"
+    yield "log", failed_job(), [ended_pod(139, "Fatal: segfault\n")], "bug", "code 139 and left no result; its last"
+    yield "silence", failed_job(), [ended_pod(1)], "bug", "exited with code 1 and left no result"
+    evicted = {"status": {"phase": "Failed", "reason": "Evicted", "message": "low on ephemeral-storage"}}
+    yield "evicted", failed_job(), [evicted], "infrastructure", "evicted: low on ephemeral-storage"
+    yield "killed by eviction", failed_job(), [ended_pod(137, conditions=disrupted)], "infrastructure", "drain"
+    yield "deleted", failed_job(), [], "infrastructure", "the pod was deleted"
+    lost = {"status": {"phase": "Failed", "reason": "NodeLost", "message": "node n is unresponsive"}}
+    yield "node lost", failed_job(), [lost], "infrastructure", "NodeLost"
+    unknown = ended_pod(137, "", "ContainerStatusUnknown")
+    yield "container unknown", failed_job(), [unknown], "infrastructure", "deleted, or its node"
+    yield "deadline of a person", failed_job("DeadlineExceeded"), [], "infrastructure", "DeadlineExceeded"
+    yield "stopped", merged(failed_job("DeadlineExceeded"), STOPPED), [], "interrupted", ""
+    yield "stopped while queued", merged({"spec": {"suspend": True}}, STOPPED), [], "interrupted", ""
+    due = stamp(NOW - 120)
+    away = {"metadata": {"deletionTimestamp": due}, "status": {"phase": "Running"}}
+    yield "node gone", failed_job(kind="FailureTarget"), [away], "infrastructure", "deleted, or its node"
+
+
+@pytest.mark.parametrize(("job", "pods", "failure", "message"), [pytest.param(*c[1:], id=c[0]) for c in cases()])
+def test_how_an_attempt_ended(job: Document, pods: list[Document], failure: str, message: str) -> None:
+    attempt = seen(job, *pods)
+    assert attempt.finished is not None
+    if failure == "interrupted":
+        assert attempt.interrupted
+    else:
+        assert attempt.failure is not None
+        assert attempt.failure.failure == failure
+        assert message in attempt.failure.message
+
+
+@pytest.mark.parametrize(
+    ("job", "pods", "reason"),
+    [
+        ({}, [], None),
+        ({}, [{"status": {"phase": "Running"}}], None),
+        ({}, [held_pod("ContainerCreating")], None),
+        ({}, [held_pod("ImagePullBackOff", message="no such image")], "ImagePullBackOff"),
+        ({}, [held_pod("CreateContainerConfigError", message='secret "x" not found')], "CreateContainerConfigError"),
+        ({"spec": {"suspend": True}}, [], "Queued"),
+        (failed_job(), [{"status": {"phase": "Running"}}], None),
+        (failed_job(kind="FailureTarget"), [], None),
+        (merged({"spec": {"suspend": True}}, STOPPED), [{"status": {"phase": "Running"}}], "Queued"),
+    ],
+    ids=str,
+)
+def test_what_has_not_ended_and_why_it_waits(job: Document, pods: list[Document], reason: str | None) -> None:
+    attempt = seen(job, *pods)
+    assert attempt.finished is None
+    assert (attempt.held.reason if attempt.held else None) == reason
+
+
+def test_a_success_whose_pod_is_gone_is_left_to_the_store() -> None:
+    attempt = seen(failed_job("", "Complete"))
+    assert (attempt.finished, attempt.interrupted, attempt.failure) == (NOW + 5, True, None)
+
+
+def test_an_attempt_began_after_it_was_asked_for_whatever_the_clocks_say() -> None:
+    ahead = {"metadata": {"annotations": {"rlhf.dev/asked-at": f"{NOW + 30:.0f}"}}}
+    assert (seen({}).started, seen(ahead).started) == (NOW, NOW + 30)
+
+
+def test_every_stage_of_the_table_is_known_to_this_test() -> None:
+    assert set(STAGES_OF_RUN) < {stage.name for stage in STAGES}
