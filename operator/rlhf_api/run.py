@@ -65,7 +65,7 @@ class Model(Section):
 class Data(Section):
     """One table of rows: Parquet, CSV or JSON lines, or a hub data set."""
 
-    source: Source = Field(description="Parquet, CSV or JSON lines file, or hf://datasets/owner/name.")
+    source: Source = Field(description="Parquet, CSV or JSON lines file, or hf://datasets/owner/name[/subset or file].")
     revision: Name | None = Field(None, description="Commit, tag or branch of a hub data set.")
     split: Name = Field("train", description="Split of a hub data set.")
     where: dict[str, Label] = Field(
