@@ -1,0 +1,261 @@
+"""The chart: refused where it is wrong, taken by a real API server where it is right, and true to the operator."""
+
+import base64
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlhf_api import names
+from rlhf_operator.operator_settings import OperatorSettings
+
+ROOT = Path(__file__).parents[2]
+BIN = ROOT / ".cache" / "cluster" / "bin"
+CHART = ROOT / "charts" / "rlhf-operator"
+MONITORING = "monitoring.coreos.com/v1"  # of CRDs that a bare cluster lacks
+EXTERNAL = ["minio.enabled=false", "objectStore.endpoint=https://s3.example.com", "objectStore.existingSecret=mine"]
+VALUES = {
+    "defaults": [],
+    "external": EXTERNAL,
+    "aws": ["minio.enabled=false", "objectStore.accessKey=a", "objectStore.secretKey=b", "objectStore.region=x"],
+    "cluster-wide": ["watchNamespaces={*}"],
+    "another-namespace": ["watchNamespaces={default}"],
+    "everything": [
+        "metrics.serviceMonitor.enabled=true",
+        "metrics.podMonitor.enabled=true",
+        "metrics.podMonitor.labels.team=ml",
+        "metrics.dashboard.enabled=true",
+        "networkPolicy.metricsNamespace=monitoring",
+        "imagePullSecrets={a,b}",
+        "imageRegistry=registry.example.com/ml/",
+        "stage.gpuResources.limits.memory=64Gi",
+        "stage.priorityClassName=low",
+        "operator.priorityClassName=high",
+        "operator.nodeSelector.pool=small",
+        "operator.podLabels.team=ml",
+        "operator.podAnnotations.note=x",
+        "operator.verbose=true",
+        "operator.extraEnv[0].name=A",
+        "operator.extraEnv[0].value=b",
+        "minio.persistence.storageClass=fast",
+        "minio.nodeSelector.pool=disks",
+        "fullnameOverride=rlhf",
+    ],
+    "bare": ["networkPolicy.enabled=false", "rbac.create=false", "minio.persistence.enabled=false",
+             "serviceAccount.create=false", "serviceAccount.name=mine", "objectStore.createBucket=false",
+             "crds.install=false"],
+}  # fmt: skip
+
+Kubectl = Callable[..., "subprocess.CompletedProcess[str]"]
+Document = dict[str, Any]
+
+
+def helm(*arguments: str | Path, kubeconfig: Path | None = None) -> "subprocess.CompletedProcess[str]":
+    """helm with its arguments. Fails, saying how to get it, where there is none."""
+    program = shutil.which("helm", path=f"{BIN}:{os.environ['PATH']}")
+    assert program, "there is no helm: build it with hack/cluster/tools.sh helm"
+    environment = {**os.environ, "KUBECONFIG": str(kubeconfig or "/dev/null")}
+    return subprocess.run([program, *arguments], text=True, capture_output=True, env=environment)
+
+
+def rendered(*values: str, namespace: str = "rlhf") -> list[Document]:
+    """The chart's objects."""
+    done = helm("template", "rlhf", CHART, "--namespace", namespace, *[f"--set={value}" for value in values])
+    assert done.returncode == 0, done.stderr
+    return [each for each in yaml.safe_load_all(done.stdout) if each]
+
+
+def one(documents: list[Document], kind: str, name: str | None = None) -> Document:
+    [found] = [d for d in documents if d["kind"] == kind and name in (None, d["metadata"]["name"])]
+    return found
+
+
+def pod_specs(documents: list[Document]) -> Iterator[tuple[str, Document]]:
+    for each in documents:
+        if each["kind"] == "Pod":
+            yield each["metadata"]["name"], each["spec"]
+        elif "template" in each.get("spec", {}):
+            yield each["metadata"]["name"], each["spec"]["template"]["spec"]
+
+
+@pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
+def test_helm_finds_no_fault(values: list[str]) -> None:
+    done = helm("lint", "--strict", CHART, *[f"--set={value}" for value in values])
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("objectstore.bucket=x", "objectstore"),
+        ("objectStore.bucket=UPPER", "bucket"),
+        ("objectStore.endpoint=s3.example.com", "endpoint"),
+        ("minio.enabled=perhaps", "enabled"),
+        ("minio.persistence.size=big", "size"),
+        ("image.digest=sha256:12", "digest"),
+        ("image.pullPolicy=Sometimes", "pullPolicy"),
+        ("watchNamespaces={a,b}", "watchNamespaces"),
+        ("stage.terminationGracePeriodSeconds=0", "terminationGracePeriodSeconds"),
+        ("networkPolicy.apiServer.ports={https}", "ports"),
+        ("minio.enabled=false", "objectStore.existingSecret"),
+    ],
+)
+def test_a_wrong_value_is_named(value: str, said: str) -> None:
+    done = helm("template", "rlhf", CHART, f"--set={value}")
+    assert done.returncode != 0
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
+def test_a_real_api_server_takes_every_object(values: list[str], api_kubectl: Kubectl, api_namespace: str) -> None:
+    documents = [d for d in rendered(*values, namespace=api_namespace) if d["apiVersion"] != MONITORING]
+    api_kubectl("label", "namespace", api_namespace, "pod-security.kubernetes.io/enforce=restricted",
+                "pod-security.kubernetes.io/warn=restricted")  # fmt: skip
+    strict = ["--dry-run=server", "--server-side", "--validate=strict", "--force-conflicts"]
+    done = api_kubectl("apply", *strict, "-f", "-", stdin=yaml.safe_dump_all(documents))
+    assert "would violate PodSecurity" not in done.stderr
+    assert "unknown field" not in done.stderr
+
+
+@pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
+def test_every_container_is_confined_and_bounded(values: list[str]) -> None:
+    found = dict(pod_specs(rendered(*values)))
+    assert len(found) >= 3
+    for name, spec in found.items():
+        assert spec["securityContext"]["runAsNonRoot"], name
+        assert spec["automountServiceAccountToken"] == (name in ("rlhf-rlhf-operator", "rlhf")), name
+        for container in spec["containers"]:
+            assert container["securityContext"]["readOnlyRootFilesystem"], name
+            assert container["resources"]["limits"]["memory"], name
+
+
+@pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
+def test_the_operator_understands_what_the_chart_tells_it(values: list[str]) -> None:
+    deployment = one(rendered(*values), "Deployment")
+    assert (deployment["spec"]["replicas"], deployment["spec"]["strategy"]) == (1, {"type": "Recreate"})
+    [container] = deployment["spec"]["template"]["spec"]["containers"]
+    environment = {each["name"]: each.get("value", "from-elsewhere") for each in container["env"]}
+    known = set(re.findall(r"read\.\w+\(\"(\w+)\"", (ROOT / "operator/rlhf_operator/operator_settings.py").read_text()))
+    told = {name.removeprefix("RLHF_OPERATOR_") for name in environment if name.startswith("RLHF_OPERATOR_")}
+    assert told <= known
+    assert {names.ENV_ACCESS_KEY, names.ENV_SECRET_KEY} <= set(environment)
+    settings = OperatorSettings.from_environment(environment)
+    everything, wide = "fullnameOverride=rlhf" in values, "watchNamespaces={*}" in values
+    assert settings.image == ("registry.example.com/ml/" if everything else "") + "rlhf-pipeline:0.1.0"
+    assert settings.image_pull_secrets == (("a", "b") if everything else ())
+    assert (settings.watch_namespace is None) == wide
+    assert (f"--namespace={settings.watch_namespace}" in container["args"]) != wide
+    assert ("--all-namespaces" in container["args"]) == wide
+    ports = {each["name"]: each["containerPort"] for each in container["ports"]}
+    assert ports == {"health": names.OPERATOR_HEALTH_PORT, "metrics": settings.metrics_port}
+    assert f"--liveness=http://0.0.0.0:{names.OPERATOR_HEALTH_PORT}/healthz" in container["args"]
+
+
+def test_the_store_of_the_operator_is_the_bundled_one_unless_another_is_named() -> None:
+    def endpoint(*values: str) -> str:
+        [container] = one(rendered(*values), "Deployment")["spec"]["template"]["spec"]["containers"]
+        return next(str(e["value"]) for e in container["env"] if e["name"] == "RLHF_OPERATOR_STORE_ENDPOINT")
+
+    service = one(rendered(), "Service", "rlhf-rlhf-operator-minio")
+    assert endpoint() == f"http://{service['metadata']['name']}.rlhf.svc:{service['spec']['ports'][0]['port']}"
+    assert endpoint(*EXTERNAL) == "https://s3.example.com"
+    assert not [d for d in rendered(*EXTERNAL) if d["kind"] in ("StatefulSet", "Secret")]
+    assert endpoint(*VALUES["aws"]) == ""
+
+
+def test_stage_pods_reach_dns_and_the_store_and_are_scraped() -> None:
+    policy = one(rendered(), "NetworkPolicy", "rlhf-rlhf-operator-stages")["spec"]
+    assert policy["podSelector"]["matchLabels"].items() <= names.STAGE_LABELS.items()
+    assert policy["policyTypes"] == ["Ingress", "Egress"]
+    assert [[p["port"] for p in rule["ports"]] for rule in policy["ingress"]] == [[names.METRICS_PORT]]
+    assert [[p["port"] for p in rule["ports"]] for rule in policy["egress"]] == [[53, 53], [9000]]
+    outside = one(rendered(*EXTERNAL), "NetworkPolicy", "rlhf-rlhf-operator-stages")["spec"]
+    assert outside["egress"][1]["ports"] == [{"port": 443}]
+    ported = [*EXTERNAL, "objectStore.endpoint=http://10.0.0.9:9001"]
+    assert one(rendered(*ported), "NetworkPolicy", "rlhf-rlhf-operator-stages")["spec"]["egress"][1]["ports"] == [
+        {"port": 9001}
+    ]
+
+
+def test_the_chart_ships_the_crd_and_keeps_it_on_uninstall() -> None:
+    shipped = one(rendered(), "CustomResourceDefinition")
+    assert shipped["metadata"].pop("annotations") == {"helm.sh/resource-policy": "keep"}
+    assert shipped == yaml.safe_load((ROOT / "manifests/crd/rlhfruns.yaml").read_text())
+    assert "annotations" not in one(rendered("crds.keep=false"), "CustomResourceDefinition")["metadata"]
+
+
+def test_every_value_is_explained() -> None:
+    table = (CHART / "README.md").read_text().split("## Values")[1]
+    told = set(re.findall(r"`\.?([A-Za-z.*]+)`", table))
+    for section, value in yaml.safe_load((CHART / "values.yaml").read_text()).items():
+        fields = value if isinstance(value, dict) else {}
+        for field in fields:
+            assert {field, f"{section}.{field}", f"{section}.*", f"{section}.{field}.*"} & told or any(
+                each.startswith(f"{section}.{field}.") for each in told
+            ), f"{section}.{field}"
+        assert fields or section in told, section
+
+
+def test_the_plain_install_is_the_charts(tmp_path: Path, api_kubectl: Kubectl) -> None:
+    subprocess.run([ROOT / "hack/render-manifests.sh", tmp_path / "operator.yaml"], check=True)
+    assert (tmp_path / "operator.yaml").read_text() == (ROOT / "manifests/install/operator.yaml").read_text()
+    built = [d for d in yaml.safe_load_all(api_kubectl("kustomize", ROOT / "manifests").stdout) if d]
+    assert {"Namespace", "CustomResourceDefinition", "Deployment", "StatefulSet"} <= {d["kind"] for d in built}
+    assert "helm" not in (tmp_path / "operator.yaml").read_text().split("\n", 1)[1].lower()
+
+
+def test_an_upgrade_keeps_the_generated_credentials(api_server: Path, api_kubectl: Kubectl, api_namespace: str) -> None:
+    def credentials() -> Document:
+        secret = api_kubectl("-n", api_namespace, "get", "secret", "rlhf-object-store", "-o", "yaml").stdout
+        data: Document = yaml.safe_load(secret)["data"]
+        return data
+
+    release = ["rlhf", CHART, "--namespace", api_namespace, "--no-hooks", "--set=fullnameOverride=rlhf",
+               "--set=crds.install=false", "--set=rbac.create=false"]  # fmt: skip
+    for action in ("install", "upgrade"):
+        done = helm(action, *release, kubeconfig=api_server)
+        assert done.returncode == 0, done.stderr
+        if action == "install":
+            first = credentials()
+    assert credentials() == first
+    assert len(base64.b64decode(first[names.ENV_SECRET_KEY])) == 40
+    done = helm("upgrade", *release, "--set=objectStore.secretKey=my-own-secret-key", kubeconfig=api_server)
+    assert done.returncode == 0, done.stderr
+    assert base64.b64decode(credentials()[names.ENV_SECRET_KEY]) == b"my-own-secret-key"
+    assert credentials()[names.ENV_ACCESS_KEY] == first[names.ENV_ACCESS_KEY]
+
+
+def test_the_operator_may_do_what_it_does_and_nothing_else(
+    api_server: Path, api_kubectl: Kubectl, api_namespace: str
+) -> None:
+    done = helm("install", "rlhf", CHART, "--namespace", api_namespace, "--no-hooks", "--set=crds.install=false",
+                kubeconfig=api_server)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    account = f"--as=system:serviceaccount:{api_namespace}:rlhf-rlhf-operator"
+
+    def may(verb: str, what: str, *where: str) -> bool:
+        return api_kubectl("auth", "can-i", verb, what, account, *where, check=False).stdout.strip() == "yes"
+
+    here = ["--namespace", api_namespace]
+    try:
+        for verb, what in [
+            ("list", "rlhfruns.rlhf.dev"), ("watch", "rlhfruns.rlhf.dev"), ("patch", "rlhfruns.rlhf.dev/status"),
+            ("delete", "rlhfruns.rlhf.dev"), ("create", "jobs.batch"), ("patch", "jobs.batch"), ("watch", "pods"),
+            ("create", "events"), ("update", "leases.coordination.k8s.io/rlhf-operator"),
+        ]:  # fmt: skip
+            assert may(verb, what, *here), (verb, what)
+        for verb, what, where in [
+            ("get", "secrets", here), ("create", "pods", here), ("delete", "pods", here), ("create", "pods/exec", here),
+            ("patch", "rlhfruns.rlhf.dev", here), ("delete", "jobs.batch", here), ("update", "leases/other", here),
+            ("list", "jobs.batch", ["--namespace", "default"]), ("list", "rlhfruns.rlhf.dev", ["--all-namespaces"]),
+            ("create", "deployments.apps", here), ("escalate", "roles", here), ("list", "nodes", []),
+        ]:  # fmt: skip
+            assert not may(verb, what, *where), (verb, what)
+    finally:
+        helm("uninstall", "rlhf", "--namespace", api_namespace, kubeconfig=api_server)
