@@ -4,15 +4,13 @@ set -eu
 cd "$(dirname "$0")/.."
 out=${1:-manifests/install/operator.yaml}
 PATH=$PWD/.cache/cluster/bin:$PATH
-command -v helm >/dev/null || {
-    echo "hack/render-manifests.sh: there is no helm; build it: hack/cluster/tools.sh helm" >&2
-    exit 1
-}
-mkdir -p "$(dirname "$out")"
+command -v helm >/dev/null || trap 'rm -f "$out.chart" "$out.new"' EXIT
+helm template rlhf-operator charts/rlhf-operator --namespace rlhf-system --skip-tests \
+    --set crds.install=false --set objectStore.existingSecret=rlhf-object-store >"$out.chart"
 {
     echo "# Made by hack/render-manifests.sh from charts/rlhf-operator; do not edit."
-    helm template rlhf-operator charts/rlhf-operator --namespace rlhf-system --skip-tests \
-        --set crds.install=false --set objectStore.existingSecret=rlhf-object-store |
-        sed '/managed-by: Helm$/d; /helm.sh\//d; /^  annotations:$/{N;/\n[^ ]/!b;}; /^# Source:/d'
+    # Without Helm's own labels and hooks, and the annotations that held nothing else.
+    sed -e '/managed-by: Helm$/d' -e '/helm\.sh\//d' -e '/^# Source:/d' "$out.chart" |
+        sed -z 's/\n  annotations:\(\n  [^ ]\|\n[^ ]\)/\1/g'
 } >"$out.new"
 mv "$out.new" "$out"
