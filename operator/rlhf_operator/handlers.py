@@ -4,6 +4,7 @@ Only events are watched. A create, update or field handler would write its annot
 finalizer would keep a run from being deleted while no operator is there.
 """
 
+import logging
 import os
 from typing import Any
 
@@ -20,6 +21,7 @@ from rlhf_operator.operator_settings import OperatorSettings
 @kopf.on.startup()
 async def begin(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> None:
     """Start the controller. A wrong setting ends the process, saying which."""
+    logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # else a line for every event of every object
     settings.posting.enabled = False  # events on a run are the reconcile's to write
     settings.peering.standalone = True  # a Lease says who leads
     for kind in ("jobs", "pods"):  # else those of the whole cluster would be sent here

@@ -12,7 +12,20 @@ from rlhf_api.errors import RETRIED, FailureClass
 from rlhf_api.names import EXIT_INTERRUPTED
 from rlhf_api.run import RLHFRun, RunStatus
 from rlhf_api.stage import ArtifactRef, Progress, StageFailure, StageResult
-from rlhf_operator.plan import BACKOFF_SECONDS, MAX_ATTEMPTS, Attempt, Observed, Plan, Start, Stop, plan
+from rlhf_operator.conditions import Hold
+from rlhf_operator.plan import (
+    BACKOFF_SECONDS,
+    MAX_ATTEMPTS,
+    Attempt,
+    Delete,
+    Observed,
+    Plan,
+    Start,
+    Stop,
+    asked_at,
+    at_rest,
+    plan,
+)
 from rlhf_operator.stages import STAGES, Link, chain
 
 DATA: dict[str, Any] = {
@@ -279,6 +292,117 @@ def test_what_the_imported_model_cannot_do_ends_the_run_before_anything_is_train
     assert starts(plan(run, Observed(artifacts=imported | {str(links[0].output): SHAPE | {"layers": 5}}), NOW))
 
 
+def condition_of(status: RunStatus, kind: str) -> tuple[str, str, str]:
+    found = next(each for each in status.conditions if each.type == kind)
+    return found.status, found.reason, found.message
+
+
+def test_a_model_that_cannot_fit_ends_the_run_before_a_gpu_is_asked_for() -> None:
+    run = resource(sft={"batchSize": 64, "microBatchSize": 64, "sequenceLength": 1024})
+    links = chain(run, {})
+    big = SHAPE | {"hidden": 8192.0, "intermediate": 32768.0, "layers": 80.0, "heads": 64.0, "kv_heads": 64.0}
+    imported = {str(link.output): {} for link in links[1:5]} | {str(links[0].output): big | {"head_size": 128.0}}
+    decided = plan(run, Observed(artifacts=imported), NOW)
+    assert (decided.actions, decided.status.phase) == ((), "Failed")
+    assert condition_of(decided.status, "Failed")[:2] == ("True", "OutOfMemory")
+    assert condition_of(decided.status, "FitsInMemory")[:2] == ("False", "TooLarge")
+    assert decided.status.budget
+
+
+def test_nothing_starts_while_the_store_is_away_and_a_success_is_not_doubted() -> None:
+    result = StageResult(stage="import-model", artifact=LINKS["import-model"].output)
+    done = attempt("import-model", finished=950.0, exit_code=0, result=result)
+    away = Observed(attempts={"import-model": [done]}, store_problem="no answer")
+    decided = plan(resource(), away, NOW)
+    assert (decided.actions, decided.status.phase) == ((), "Running")
+    assert condition_of(decided.status, "StoreReady") == ("False", "Unavailable", "no answer")
+    assert condition_of(decided.status, "Progressing") == ("True", "StoreUnavailable", "no answer")
+    assert decided.wake_at is not None
+    assert decided.wake_at > NOW
+    assert stops(plan(resource(True), replace(away, attempts={"sft": [attempt("sft")]}), NOW)) == {"sft"}
+
+
+def test_a_pod_that_waits_for_a_node_is_pending_until_it_runs() -> None:
+    waits = Hold("Unschedulable", "0/3 nodes are available")
+    seen = Observed(attempts={"import-model": [attempt("import-model", job="run-import-model-1", held=waits)]})
+    decided = plan(resource(), seen, NOW)
+    assert (decided.status.phase, decided.status.stages[0].state) == ("Pending", "Pending")
+    assert decided.status.stages[0].job == "run-import-model-1"
+    assert condition_of(decided.status, "Progressing") == (
+        "True", "Unschedulable", "import-model: 0/3 nodes are available",
+    )  # fmt: skip
+    stopping = plan(resource(suspend=True), seen, NOW)
+    assert (stopping.actions, stopping.status.phase) == ((Stop("import-model", 1),), "Pending")
+
+
+def test_one_pod_that_waits_does_not_hide_one_that_runs() -> None:
+    waiting = attempt("import-prompts", held=Hold("Unschedulable", "no node"))
+    seen = Observed(
+        artifacts=committed("import-model"),
+        attempts={"import-sft": [attempt("import-sft")], "import-prompts": [waiting]},
+    )
+    decided = plan(resource(), seen, NOW)
+    assert decided.status.phase == "Running"
+    assert condition_of(decided.status, "Progressing") == ("True", "Running", "import-sft")
+
+
+def test_a_stage_that_can_never_be_made_fails_the_run() -> None:
+    decided = plan(resource(), Observed(refused={"import-model": "no such field"}), NOW)
+    assert (decided.actions, decided.status.phase) == ((), "Failed")
+    assert condition_of(decided.status, "Failed") == ("True", "User", "import-model: no such field")
+
+
+def test_a_stage_that_cannot_be_made_now_is_tried_again() -> None:
+    decided = plan(resource(), Observed(held={"import-model": Hold("Denied", "quota")}), NOW)
+    assert (starts(decided), decided.status.phase) == ({"import-model"}, "Pending")
+    assert condition_of(decided.status, "Progressing") == ("True", "Denied", "import-model: quota")
+    assert decided.wake_at == NOW + 30
+
+
+def test_a_deadline_counts_from_the_asking_and_not_while_suspended() -> None:
+    run = resource(activeDeadlineSeconds=60)
+    seen = Observed(attempts={"import-model": [attempt("import-model", started=NOW)]}, asked_at=NOW)
+    before = plan(run, seen, NOW + 59)
+    assert (before.actions, before.wake_at) == ((), NOW + 60)
+    after = plan(run, seen, NOW + 60)
+    assert (after.actions, after.status.phase) == ((Stop("import-model", 1),), "Running")
+    ended = replace(seen, attempts={"import-model": [interrupted("import-model")]})
+    assert condition_of(plan(run, ended, NOW + 60).status, "Failed")[:2] == ("True", "DeadlineExceeded")
+    suspended = resource(suspend=True, activeDeadlineSeconds=60)
+    assert plan(suspended, ended, NOW + 60).status.phase == "Suspended"
+    assert plan(run, replace(ended, artifacts=committed(*ALL)), NOW + 60).status.phase == "Succeeded"
+
+
+def test_a_new_ask_is_later_than_every_attempt_before_it_whatever_the_clocks_say() -> None:
+    ahead = [attempt("import-model", started=NOW + 500)]
+    first = asked_at(resource(), None, [], NOW + 0.7)
+    assert first == NOW
+    published = plan(resource(), Observed(asked_at=first), NOW).status
+    assert asked_at(resource(), published, ahead, NOW + 99) == first
+    suspended = plan(resource(suspend=True), Observed(asked_at=first, status=published), NOW + 50).status
+    assert asked_at(resource(suspend=True), suspended, ahead, NOW + 99) == first
+    assert asked_at(resource(), suspended, ahead, NOW + 99) == NOW + 501
+    assert asked_at(resource(), suspended, [], NOW + 99) == NOW + 99
+
+
+def test_an_end_is_final_until_the_run_is_resumed() -> None:
+    ended = plan(resource(), Observed(artifacts=committed(*ALL)), NOW).status
+    run = resource().model_copy(update={"status": ended})
+    assert at_rest(run, NOW + 1) == Plan((), ended)
+    resumed = run.model_copy(update={"status": ended.model_copy(update={"suspend": True})})
+    assert at_rest(resumed, NOW + 1) is None
+    assert at_rest(resource(), NOW) is None
+    running = plan(resource(), Observed(), NOW).status
+    assert at_rest(resource().model_copy(update={"status": running}), NOW) is None
+
+
+def test_a_run_that_ended_is_deleted_when_its_time_is_up() -> None:
+    ended = plan(resource(), Observed(artifacts=committed(*ALL)), NOW).status
+    run = resource(ttlSecondsAfterFinished=60).model_copy(update={"status": ended})
+    assert at_rest(run, NOW + 59) == Plan((), ended, NOW + 60)
+    assert at_rest(run, NOW + 60) == Plan((Delete(),), ended)
+
+
 attempts_of = st.lists(st.sampled_from(["running", "interrupted", "success", *FAILURES]), max_size=4)
 
 
@@ -320,6 +444,7 @@ def test_whatever_is_seen_the_plan_is_sound(seen: Observed, suspend: bool, now: 
             assert str(action.link.output) not in seen.artifacts
             assert action.number > len(seen.attempts[action.link.name])
         else:
+            assert isinstance(action, Stop)
             assert action.stage in running
     gpu = {stage.name for stage in STAGES if stage.gpu}
     assert len(gpu & starts(decided)) <= (0 if gpu & running else 1)
@@ -363,7 +488,7 @@ class AnyRun(RuleBasedStateMachine):
             if isinstance(action, Start):
                 link: Link = action.link
                 self.attempts[link.name].append(Attempt(action.number, link.output.digest, self.now))
-            else:
+            elif isinstance(action, Stop):
                 self.end(action.stage, None, EXIT_INTERRUPTED)
         self.now = max(self.now, decided.wake_at or 0.0)
         return decided
