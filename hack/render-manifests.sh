@@ -4,8 +4,13 @@ set -eu
 cd "$(dirname "$0")/.."
 out=${1:-manifests/install/operator.yaml}
 PATH=$PWD/.cache/cluster/bin:$PATH
-command -v helm >/dev/null || trap 'rm -f "$out.chart" "$out.new"' EXIT
-helm template rlhf-operator charts/rlhf-operator --namespace rlhf-system --skip-tests \
+if ! command -v helm >/dev/null; then
+    echo "hack/render-manifests.sh: there is no helm; build it: hack/cluster/tools.sh helm" >&2
+    exit 1
+fi
+mkdir -p "$(dirname "$out")"
+trap 'rm -f "$out.chart" "$out.new"' EXIT
+helm template rlhf-operator charts/rlhf-operator --namespace rlhf-system --skip-tests --kube-version 1.37.2 \
     --set crds.install=false --set objectStore.existingSecret=rlhf-object-store >"$out.chart"
 {
     echo "# Made by hack/render-manifests.sh from charts/rlhf-operator; do not edit."
