@@ -133,15 +133,8 @@ class KubernetesCluster:
             found += page["items"]
             more = page["metadata"].get("continue")
             if not more:
-                return self._seen.replace(
-                    kind, [_whole(kind, each) for each in found], page["metadata"]["resourceVersion"]
-                )
+                return self._seen.replace(kind, found, page["metadata"]["resourceVersion"])
             query["continue"] = more
-
-
-def _whole(kind: Kind, item: Document) -> Document:
-    """An item of a list says neither its kind nor its version of the API; the models of a run want both."""
-    return {"apiVersion": API_VERSION, "kind": KIND, **item} if kind == "run" else item
 
 
 def _path(kind: Kind, namespace: str | None) -> str:

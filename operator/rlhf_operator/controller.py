@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
@@ -27,6 +28,7 @@ from rlhf_operator.work_queue import WorkQueue
 
 STUCK_SECONDS: Final = 120.0
 RELIST_SECONDS: Final = 300.0
+RELIST_RETRY_SECONDS: Final = 5.0
 KINDS: Final[tuple[Kind, ...]] = ("job", "pod", "run")
 
 log = logging.getLogger("rlhf_operator")
@@ -47,6 +49,8 @@ class Controller:
         self._threads = ThreadPoolExecutor(settings.workers + 2, thread_name_prefix="reconcile")
         self._tasks: list[asyncio.Task[None]] = []
         self._ticked = self._finished = clock()
+        self._everything = asyncio.Event()  # asks for a list of everything, and a look at every run
+        self._listed = asyncio.Event()
 
     def start(self) -> None:
         """Begin to work; returns at once."""
@@ -89,6 +93,7 @@ class Controller:
         return {"leads": self.leadership.leads, "runs": len(self.seen.runs()), "queue": self.queue.depth}
 
     async def _work(self) -> None:
+        await self._listed.wait()  # with half of the Jobs seen, a status would be half true
         while True:
             key = await self.queue.take()
             if not self.leadership.leads:  # everything is looked at when it leads again
@@ -119,33 +124,32 @@ class Controller:
             if leads != led:
                 log.info("%s %s", self.leadership.identity, "leads" if leads else "waits for the Lease")
                 if leads:
-                    await self._look_at_everything()
+                    self._everything.set()
             led = leads
             self.metrics.leads.set(leads)
             self.metrics.queue_depth.set(self.queue.depth)
             self.metrics.count_runs(filter(None, map(self.seen.run, self.seen.runs())))
             await asyncio.sleep(TICK_SECONDS)
 
-    async def _look_at_everything(self) -> None:
-        await self._list()
-        for key in self.seen.runs():
-            self.queue.add(key)
-
     async def _relist(self) -> None:
+        """Read everything now and then, so that an event which a watch missed matters for minutes only."""
         while True:
-            await asyncio.sleep(RELIST_SECONDS)
-            await self._list()
-
-    async def _list(self) -> None:
-        """Read everything once, so that an event which a watch missed matters for minutes only."""
-        for kind in KINDS:
+            pause = RELIST_SECONDS if self._listed.is_set() else RELIST_RETRY_SECONDS
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._everything.wait(), pause)
+            every = self._everything.is_set()
             try:
-                changed: list[Key] = await self._in_thread(partial(self._cluster.list_all, kind))
+                changed: list[Key] = []
+                for kind in KINDS:
+                    changed += await self._in_thread(partial(self._cluster.list_all, kind))
             except RLHFError as error:
                 log.warning("%s", error)
+                await asyncio.sleep(RELIST_RETRY_SECONDS)
                 continue
+            self._everything.clear()
+            self._listed.set()
             if self.leadership.leads:
-                for key in changed:
+                for key in self.seen.runs() if every else changed:
                     self.queue.add(key)
 
     async def _in_thread[T](self, call: Callable[[], T]) -> T:

@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 from pydantic import ValidationError
 
 from rlhf_api.errors import UserError
-from rlhf_api.names import ANNOTATION_STOPPED, LABEL_STAGE
+from rlhf_api.names import ANNOTATION_STOPPED, API_VERSION, KIND, LABEL_STAGE
 from rlhf_api.parse import parse_run
 from rlhf_api.run import RLHFRun, RunStatus
 from rlhf_api.stage import Progress
@@ -248,7 +248,8 @@ def _status_in(document: Document) -> RunStatus | None:
 
 def _run_in(document: Document, status: RunStatus | None) -> RLHFRun:
     """The run. Raises UserError with every complaint; what breaks a rule alone is left to the plan."""
-    plain = {name: document.get(name) for name in ("apiVersion", "kind", "metadata", "spec")}
+    # The items of a list need not say what they are.
+    plain = {"apiVersion": API_VERSION, "kind": KIND, "metadata": document["metadata"], "spec": document.get("spec")}
     try:
         run = RLHFRun.model_validate(plain, strict=True, by_alias=True, by_name=False)
     except ValidationError:

@@ -656,6 +656,16 @@ def test_a_finished_run_rests_whatever_becomes_of_its_artifacts(world: World, tm
     assert (world.status().phase, world.cluster.jobs_, len(jobs)) == ("Succeeded", {}, 5)
 
 
+def test_a_failed_run_rests_even_when_its_record_is_gone(world: World) -> None:
+    world.apply()
+    world.settle()
+    world.fail("import-model", "user")
+    world.settle()
+    world.cluster.jobs_.clear()
+    world.settle()
+    assert (world.status().phase, world.cluster.jobs_) == ("Failed", {})
+
+
 def test_a_run_that_is_being_deleted_is_left_alone(world: World) -> None:
     world.apply()
     world.cluster.runs["run"]["metadata"]["deletionTimestamp"] = stamp(NOW)
