@@ -67,7 +67,9 @@ def helm(*arguments: str | Path, kubeconfig: Path | None = None) -> "subprocess.
 
 def rendered(*values: str, namespace: str = "rlhf") -> list[Document]:
     """The chart's objects."""
-    done = helm("template", "rlhf", CHART, KUBERNETES, "--namespace", namespace, *[f"--set={value}" for value in values])
+    done = helm(
+        "template", "rlhf", CHART, KUBERNETES, "--namespace", namespace, *[f"--set={value}" for value in values]
+    )
     assert done.returncode == 0, done.stderr
     return [each for each in yaml.safe_load_all(done.stdout) if each]
 
