@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,10 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(api_server: Path, api_kubectl: Kubectl) -> Iterator[Runs]:
     """The runs of a namespace of this module's own."""
-    api_kubectl("create", "namespace", "admission")
-    yield Runs(api_server, "admission")
-    api_kubectl("delete", "namespace", "admission", "--wait=false")
+    namespace = f"admission-{uuid.uuid4().hex[:8]}"
+    api_kubectl("create", "namespace", namespace)
+    yield Runs(api_server, namespace)
+    api_kubectl("delete", "namespace", namespace, "--wait=false")
 
 
 def paths(case: dict[str, Any]) -> list[str]:
@@ -111,7 +113,7 @@ def test_a_wrong_run_is_refused_with_its_field_named(runs: Runs, case: dict[str,
     message = runs.refusal(changed(case["change"]))
     assert message is not None
     for path in paths(case):
-        assert re.search(rf"(^|[\s\"*]){re.escape(path)}[:\"]", message), message
+        assert re.search(rf"(^|[\s\"*\[]){re.escape(path)}[:\"]", message), message
 
 
 def test_the_refused_are_many() -> None:
