@@ -243,18 +243,20 @@ def test_the_operator_may_do_what_it_does_and_nothing_else(
     account = f"--as=system:serviceaccount:{api_namespace}:rlhf-rlhf-operator"
 
     def may(verb: str, what: str, *where: str) -> bool:
-        return api_kubectl("auth", "can-i", verb, what, account, *where, check=False).stdout.strip() == "yes"
+        resource, _, subresource = what.partition(":")
+        options = [account, *where, *([f"--subresource={subresource}"] if subresource else [])]
+        return api_kubectl("auth", "can-i", verb, resource, *options, check=False).stdout.strip() == "yes"
 
     here = ["--namespace", api_namespace]
     try:
         for verb, what in [
-            ("list", "rlhfruns.rlhf.dev"), ("watch", "rlhfruns.rlhf.dev"), ("patch", "rlhfruns.rlhf.dev/status"),
+            ("list", "rlhfruns.rlhf.dev"), ("watch", "rlhfruns.rlhf.dev"), ("patch", "rlhfruns.rlhf.dev:status"),
             ("delete", "rlhfruns.rlhf.dev"), ("create", "jobs.batch"), ("patch", "jobs.batch"), ("watch", "pods"),
             ("create", "events"), ("update", "leases.coordination.k8s.io/rlhf-operator"),
         ]:  # fmt: skip
             assert may(verb, what, *here), (verb, what)
         for verb, what, where in [
-            ("get", "secrets", here), ("create", "pods", here), ("delete", "pods", here), ("create", "pods/exec", here),
+            ("get", "secrets", here), ("create", "pods", here), ("delete", "pods", here), ("create", "pods:exec", here),
             ("patch", "rlhfruns.rlhf.dev", here), ("delete", "jobs.batch", here), ("update", "leases/other", here),
             ("list", "jobs.batch", ["--namespace", "default"]), ("list", "rlhfruns.rlhf.dev", ["--all-namespaces"]),
             ("create", "deployments.apps", here), ("escalate", "roles", here), ("list", "nodes", []),
