@@ -62,7 +62,7 @@ build_coredns() {
     (kubernetes_module)
     rm -rf "$module" && cp -r "$cache/src/kubernetes-$KUBERNETES" "$module" && cd "$module"
     cp "$here/node/coredns.go" main.go
-    go get "github.com/coredns/coredns@$COREDNS" && go mod tidy
+    go get $(sed -n 's|^\t.*"\(github.com/coredns/coredns/.*\)"$|\1|p' main.go | sed "s|$|@$COREDNS|")
     go build -trimpath -ldflags "-s -w" -o "$bin.new/coredns" .
 }
 
