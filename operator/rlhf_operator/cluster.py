@@ -1,6 +1,6 @@
 """Every call to the Kubernetes API that the operator makes for its runs. Reads come from what the watches said."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Final
 
@@ -37,11 +37,13 @@ class KubernetesCluster:
     """The cluster that `api` leads to.
 
     `may_write` is asked before each write and raises ApiError unless this operator leads.
-    `namespace`: of the runs; None for all.
+    `namespaces`: of the runs; none for all.
     """
 
-    def __init__(self, api: KubernetesApi, seen: Seen, namespace: str | None, may_write: Callable[[], None]) -> None:
-        self._api, self._seen, self._namespace, self._may_write = api, seen, namespace, may_write
+    def __init__(
+        self, api: KubernetesApi, seen: Seen, namespaces: Sequence[str], may_write: Callable[[], None]
+    ) -> None:
+        self._api, self._seen, self._namespaces, self._may_write = api, seen, namespaces, may_write
         self._pods = urllib3.PoolManager(num_pools=64, maxsize=1)
 
     def run(self, namespace: str, name: str) -> Document | None:
@@ -125,15 +127,23 @@ class KubernetesCluster:
 
     def list_all(self, kind: Kind) -> list[Key]:
         """Read every object of a kind, in case a watch missed something; returns the runs with news."""
-        path = _path(kind, self._namespace)
+        found: list[Document] = []
+        versions = []
+        for namespace in self._namespaces or [None]:
+            documents, version = self._list(_path(kind, namespace), kind)
+            found += documents
+            versions.append(version)
+        return self._seen.replace(kind, found, min(versions, key=int))
+
+    def _list(self, path: str, kind: Kind) -> tuple[list[Document], str]:
+        """The objects below a path, page by page, and the version of the API server they are of."""
         query = {"limit": str(PAGE)} | ({} if kind == "run" else {"labelSelector": STAGES_SELECTOR})
         found: list[Document] = []
         while True:
             page = self._api.request("GET", path, query=query)
             found += page["items"]
-            more = page["metadata"].get("continue")
-            if not more:
-                return self._seen.replace(kind, found, page["metadata"]["resourceVersion"])
+            if not (more := page["metadata"].get("continue")):
+                return found, page["metadata"]["resourceVersion"]
             query["continue"] = more
 
 

@@ -43,7 +43,7 @@ class Controller:
         self.metrics = OperatorMetrics()
         self.queue = WorkQueue(clock)
         self.leadership = Leadership(api, settings.namespace, settings.identity)
-        self._cluster = KubernetesCluster(api, self.seen, settings.watch_namespace, self.leadership.check)
+        self._cluster = KubernetesCluster(api, self.seen, settings.watch_namespaces, self.leadership.check)
         self._reconciler = Reconciler(self._cluster, settings, StoreView(settings), clock)
         self._reconciler.acted = lambda action: self.metrics.actions.labels(action).inc()
         self._threads = ThreadPoolExecutor(settings.workers + 2, thread_name_prefix="reconcile")

@@ -30,7 +30,7 @@ class OperatorSettings:
     region: str | None = None  # STORE_REGION
     credentials_secret: str = "rlhf-object-store"  # STORE_SECRET: in the run's namespace
     namespace: str = "default"  # NAMESPACE: the operator's own, where its Lease is
-    watch_namespace: str | None = None  # WATCH_NAMESPACE: of the runs; all where it is not set
+    watch_namespaces: tuple[str, ...] = ()  # WATCH_NAMESPACE: of the runs, with commas; all where it is not set
     identity: str = OPERATOR_NAME  # IDENTITY: the pod's name
     resources: Mapping[str, Any] = field(default_factory=dict)  # STAGE_RESOURCES: requests and limits of a stage
     gpu_resources: Mapping[str, Any] = field(default_factory=dict)  # GPU_STAGE_RESOURCES: more, of those with a GPU
@@ -55,7 +55,7 @@ class OperatorSettings:
             region=read.text("STORE_REGION"),
             credentials_secret=read.text("STORE_SECRET") or cls.credentials_secret,
             namespace=read.text("NAMESPACE") or cls.namespace,
-            watch_namespace=read.text("WATCH_NAMESPACE"),
+            watch_namespaces=tuple(filter(None, (read.text("WATCH_NAMESPACE") or "").split(","))),
             identity=read.text("IDENTITY") or cls.identity,
             resources=read.json("STAGE_RESOURCES", dict) or {},
             gpu_resources=read.json("GPU_STAGE_RESOURCES", dict) or {},

@@ -229,12 +229,12 @@ def test_the_store_of_a_run(asked: dict[str, str], url: str, can_ask: bool) -> N
 def test_settings_come_from_the_environment() -> None:
     variables = {
         "IMAGE": "i", "STORE_ENDPOINT": "http://m", "STORE_PREFIX": "/p/", "STAGE_RESOURCES": '{"limits": {"cpu": 1}}',
-        "IMAGE_PULL_SECRETS": '["a"]', "GRACE_SECONDS": "30", "WATCH_NAMESPACE": "",
+        "IMAGE_PULL_SECRETS": '["a"]', "GRACE_SECONDS": "30", "WATCH_NAMESPACE": "a,b",
     }  # fmt: skip
     found = OperatorSettings.from_environment({f"RLHF_OPERATOR_{name}": value for name, value in variables.items()})
     assert found == OperatorSettings(
         image="i", endpoint="http://m", prefix="p", resources={"limits": {"cpu": 1}}, image_pull_secrets=("a",),
-        grace_seconds=30,
+        grace_seconds=30, watch_namespaces=("a", "b"),
     )  # fmt: skip
 
 
