@@ -26,7 +26,7 @@ VALUES = {
     "external": EXTERNAL,
     "aws": ["minio.enabled=false", "objectStore.accessKey=a", "objectStore.secretKey=b", "objectStore.region=x"],
     "cluster-wide": ["watchNamespaces={*}"],
-    "another-namespace": ["watchNamespaces={default}"],
+    "other-namespaces": ["watchNamespaces={default,kube-public}"],
     "everything": [
         "metrics.serviceMonitor.enabled=true",
         "metrics.podMonitor.enabled=true",
@@ -103,7 +103,7 @@ def test_helm_finds_no_fault(values: list[str]) -> None:
         ("minio.persistence.size=big", "size"),
         ("image.digest=sha256:12", "digest"),
         ("image.pullPolicy=Sometimes", "pullPolicy"),
-        ("watchNamespaces={a,b}", "watchNamespaces"),
+        ("watchNamespaces={a,*}", "watchNamespaces"),
         ("stage.terminationGracePeriodSeconds=0", "terminationGracePeriodSeconds"),
         ("networkPolicy.apiServer.ports={https}", "ports"),
         ("minio.enabled=false", "objectStore.existingSecret"),
@@ -152,8 +152,9 @@ def test_the_operator_understands_what_the_chart_tells_it(values: list[str]) -> 
     everything, wide = "fullnameOverride=rlhf" in values, "watchNamespaces={*}" in values
     assert settings.image == ("registry.example.com/ml/" if everything else "") + "rlhf-pipeline:0.1.0"
     assert settings.image_pull_secrets == (("a", "b") if everything else ())
-    assert (settings.watch_namespace is None) == wide
-    assert (f"--namespace={settings.watch_namespace}" in container["args"]) != wide
+    asked = tuple(each.split("=")[1] for each in container["args"] if each.startswith("--namespace="))
+    assert settings.watch_namespaces == asked
+    assert (asked == ()) == wide
     assert ("--all-namespaces" in container["args"]) == wide
     ports = {each["name"]: each["containerPort"] for each in container["ports"]}
     assert ports == {"health": names.OPERATOR_HEALTH_PORT, "metrics": settings.metrics_port}
