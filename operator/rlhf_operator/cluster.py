@@ -129,7 +129,7 @@ class KubernetesCluster:
         """Read every object of a kind, in case a watch missed something; returns the runs with news."""
         found: list[Document] = []
         versions = []
-        for namespace in self._namespaces or [None]:
+        for namespace in self._namespaces or ("",):
             documents, version = self._list(_path(kind, namespace), kind)
             found += documents
             versions.append(version)
@@ -147,7 +147,7 @@ class KubernetesCluster:
             query["continue"] = more
 
 
-def _path(kind: Kind, namespace: str | None) -> str:
+def _path(kind: Kind, namespace: str) -> str:
     inside = f"/namespaces/{namespace}" if namespace else ""
     return f"{PREFIX[kind]}{inside}/{PLURALS[kind]}"
 
