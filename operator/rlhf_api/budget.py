@@ -10,7 +10,7 @@ train all 44 layers with checkpointing,    8 × 512  14.34   +2.0 %
                                           16 × 256  14.7    -0.5 %
 the top 11 layers alone,                  16 × 256  13.1    -1.5 %
 
-Fragmentation is not counted, nor what other model families do differently: nothing is refused for it yet.
+Fragmentation is not counted, nor what other model families do differently: a run is refused only well above the limit.
 """
 
 from collections.abc import Mapping
