@@ -42,7 +42,9 @@ def run_file(
 
 
 def exit_code(reason: str) -> int:
-    """The exit code for the reason of a Failed condition, which is a failure class."""
+    """The exit code for the reason of a Failed condition: a failure class, or a deadline, a limit as a gate is."""
+    if reason == "DeadlineExceeded":
+        return EXIT_CODES["gate"]
     names: dict[str, FailureClass] = {name.lower(): name for name in EXIT_CODES}  # type: ignore[misc]
     return EXIT_CODES.get(names.get(reason.lower(), "bug"), EXIT_BUG)
 

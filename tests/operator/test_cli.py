@@ -151,6 +151,10 @@ def test_a_failed_run_exits_with_its_class_and_says_where(
     assert capsys.readouterr().err == f"rlhf: import-model: import-model went {failure}\n"
 
 
+def test_a_deadline_that_passed_exits_as_a_missed_gate() -> None:
+    assert exit_code("DeadlineExceeded") == EXIT_CODES["gate"]
+
+
 @pytest.mark.parametrize(("failure", "code"), EXIT_CODES.items())
 def test_every_failure_class_has_its_exit_code(failure: str, code: int) -> None:
     assert exit_code(failure[:1].upper() + failure[1:]) == code
