@@ -24,7 +24,7 @@ need() { # need PROGRAM...: each is installed, or the message says what to insta
     for program in "$@"; do
         command -v "$program" >/dev/null || missing="$missing $program"
     done
-    [ -z "$missing" ] || fail "not installed:$missing; with Debian or Ubuntu: apt-get install --no-install-recommends podman netavark aardvark-dns buildah runc jq debootstrap gcc openssl"
+    [ -z "$missing" ] || fail "not installed:$missing; with Debian or Ubuntu: apt-get install --no-install-recommends podman netavark aardvark-dns iptables buildah runc jq debootstrap gcc openssl"
 }
 hold() { # hold NAME: one script at a time does this; the lock goes with the process
     mkdir -p "$cache"

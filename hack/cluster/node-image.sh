@@ -169,7 +169,7 @@ commit_image() {
     podman image prune --force >/dev/null
 }
 
-need podman netavark aardvark-dns buildah runc jq debootstrap gcc setpriv go
+need podman netavark aardvark-dns iptables buildah runc jq debootstrap gcc setpriv go
 hold node-image
 write_podman_configuration
 if [ "$(cat "$cache/built/node-image" 2>/dev/null)" = "$digest" ] && podman image exists "$node_image:$KUBERNETES"; then exit; fi
