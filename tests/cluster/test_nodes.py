@@ -16,6 +16,20 @@ BIN = ROOT / ".cache" / "cluster" / "bin"
 IMAGE = "localhost/kubectl:test"
 SELECTOR = {"rlhf.dev/gpu-memory": "24Gi"}
 RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
+ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
+IN_A_POD = {  # as a pod's own account, but by the server's name, which the cluster's name service has to know
+    "apiVersion": "v1",
+    "kind": "Config",
+    "current-context": "pod",
+    "contexts": [{"name": "pod", "context": {"cluster": "pod", "user": "pod"}}],
+    "users": [{"name": "pod", "user": {"tokenFile": f"{ACCOUNT}/token"}}],
+    "clusters": [
+        {
+            "name": "pod",
+            "cluster": {"server": "https://kubernetes.default.svc", "certificate-authority": f"{ACCOUNT}/ca.crt"},
+        }
+    ],
+}
 
 Kubectl = Callable[..., Any]
 
@@ -28,9 +42,10 @@ def image(load_image: Callable[[Path], None], tmp_path_factory: pytest.TempPathF
     kubectl = shutil.which("kubectl", path=f"{BIN}:/usr/local/bin:/usr/bin")
     assert kubectl
     shutil.copy(kubectl, folder / "files" / "kubectl")
+    (folder / "files" / "kubeconfig").write_text(yaml.safe_dump(IN_A_POD))
     script = ROOT / "hack" / "cluster" / "node" / "image_archive.py"
     subprocess.run(
-        [sys.executable, script, folder / "image.tar", IMAGE, folder / "files", "/kubectl", "--kubeconfig=/dev/null"],
+        [sys.executable, script, folder / "image.tar", IMAGE, folder / "files", "/kubectl", "--kubeconfig=/kubeconfig"],
         check=True,
     )
     load_image(folder / "image.tar")
@@ -95,8 +110,6 @@ def test_a_pod_that_asks_for_a_gpu_runs_on_the_labelled_node_and_reaches_the_api
     cluster_kubectl("label", "namespace", cluster_namespace, *(f"{key}={value}" for key, value in RESTRICTED.items()))
     document = job(
         image,
-        "--server=https://kubernetes.default.svc",
-        "--certificate-authority=/var/run/secrets/kubernetes.io/serviceaccount/ca.crt",
         "get",
         "--raw=/readyz",
         nodeSelector=SELECTOR,
