@@ -3,11 +3,12 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 RUN := manifests/examples/positive-reviews.yaml
 
-# What builds images, and the commit that dates and names them.
+# What builds images.
 BUILDER ?= $(firstword $(foreach name,buildah podman docker,$(if $(shell command -v $(name)),$(name))))
 IMAGES := images/operator images/pipeline images/minio
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
-SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
+# Of every file in an image, whatever the commit, so that a layer that did not change is not pulled again.
+FILES_DATE := 315619200
 
 .PHONY: demo test test-cluster cluster-up cluster-down check generate format lock clean images $(IMAGES)
 
@@ -61,10 +62,10 @@ images/pipeline: image_arguments = $(if $(VARIANT),--build-arg VARIANT=$(VARIANT
 images/minio: image_arguments = --build-arg MINIO=$(shell sed -n 's/^version=//p' hack/minio.sh)
 $(IMAGES):
 	$(BUILDER) build -f $@/Containerfile -t rlhf-$(@F):$(VERSION)$(if $(filter images/pipeline,$@),$(VARIANT:%=-%)) \
-	  $(if $(filter docker,$(BUILDER)),,--timestamp $(SOURCE_DATE_EPOCH)) \
-	  --build-arg SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) --build-arg VERSION=$(VERSION) \
+	  $(if $(filter docker,$(BUILDER)),,--timestamp $(FILES_DATE) --layers) \
+	  --build-arg SOURCE_DATE_EPOCH=$(FILES_DATE) --build-arg VERSION=$(VERSION) \
 	  --build-arg REVISION=$(shell git rev-parse HEAD) \
-	  --build-arg CREATED=$(shell date -u -d @$(SOURCE_DATE_EPOCH) +%Y-%m-%dT%H:%M:%SZ) $(image_arguments) $(ARGUMENTS) .
+	  --build-arg CREATED=$(shell TZ=UTC git log -1 --format=%cd --date=format-local:%Y-%m-%dT%H:%M:%SZ) $(image_arguments) $(ARGUMENTS) .
 
 clean: cluster-down
 	rm -rf .venv .cache .rlhf

@@ -31,3 +31,9 @@ hold() { # hold NAME: one script at a time does this; the lock goes with the pro
     exec 8>"$cache/$1.lock"
     flock -n 8 || { say "waiting for another $1" && flock 8; }
 }
+need_kind_cluster() { # sets provider and name_of_cluster from the cluster of KUBECONFIG
+    # A node of kind says kind://PROVIDER/CLUSTER/NODE.
+    IFS=/ read -r _ _ provider name_of_cluster _ < <(kubectl get nodes -o 'jsonpath={.items[0].spec.providerID}{"\n"}')
+    [ -n "${name_of_cluster:-}" ] || fail "the nodes of $KUBECONFIG are not kind's; push the images to a registry that they can pull from"
+    [ "$provider" = podman ] || unset KIND_EXPERIMENTAL_PROVIDER CONTAINERS_CONF CONTAINERS_STORAGE_CONF XDG_RUNTIME_DIR
+}

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from release import BUCKET, Release, reviews
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "hack" / "cluster"
@@ -27,6 +28,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--kubeconfig",
         type=Path,
         help="run tests/cluster on this cluster; without it the cluster of hack/cluster is started and kept",
+    )
+    parser.addoption(
+        "--image",
+        action="append",
+        default=[],
+        metavar="NAME=REPOSITORY:TAG",
+        help="an image that the nodes can pull: operator=..., pipeline=... (CPU), minio=...; without it all three are "
+        "built and put on the nodes of a kind cluster",
     )
 
 
@@ -91,6 +100,45 @@ def api_namespace(api_kubectl: Kubectl) -> Iterator[str]:
 def cluster_namespace(cluster_kubectl: Kubectl) -> Iterator[str]:
     """A fresh namespace of `cluster`."""
     yield from _namespace(cluster_kubectl)
+
+
+@pytest.fixture(scope="session")
+def images(cluster: Path, request: pytest.FixtureRequest) -> dict[str, str]:
+    """operator, pipeline, minio -> an image that the nodes of `cluster` have or can pull."""
+    lines: list[str] = request.config.getoption("--image")
+    if not lines:
+        environment = {**os.environ, "KUBECONFIG": str(cluster)}
+        built = subprocess.run([SCRIPTS / "images.sh"], check=True, stdout=subprocess.PIPE, text=True, env=environment)
+        lines = built.stdout.split()
+    return dict(line.split("=", 1) for line in lines)
+
+
+@pytest.fixture(scope="session")
+def release(
+    cluster: Path, cluster_kubectl: Kubectl, images: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Release]:
+    """The chart in a fresh namespace under the restricted Pod Security level, its store filled with tiny sources."""
+    from tiny import build_tiny_model  # it takes torch along, which no other test here needs
+
+    _install_crd(cluster)
+    namespace = f"rlhf-{uuid.uuid4().hex[:8]}"
+    cluster_kubectl("create", "namespace", namespace)
+    cluster_kubectl("label", "namespace", namespace, "pod-security.kubernetes.io/enforce=restricted")
+    release = Release(namespace, cluster, cluster_kubectl, images)
+    try:
+        release.install()
+        folder = tmp_path_factory.mktemp("sources")
+        build_tiny_model(folder / "model", layers=2)
+        (folder / "reviews.csv").write_text(reviews())
+        with release.store() as store:
+            for path in sorted(folder.rglob("*")):
+                if path.is_file():
+                    store.fput_object(BUCKET, f"sources/{path.relative_to(folder)}", str(path))
+        yield release
+    finally:
+        release.kubectl("delete", "rlhfruns", "--all", "--wait=false", check=False)
+        release.helm("uninstall", "rlhf", "--wait", check=False)
+        cluster_kubectl("delete", "namespace", namespace, "--wait=false")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,275 @@
+"""The chart installed on a cluster, and what tests do with it: apply runs, wait, look, and break things."""
+
+import base64
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from minio import Minio
+
+ROOT = Path(__file__).parents[2]
+BIN = ROOT / ".cache" / "cluster" / "bin"
+CHART = ROOT / "charts" / "rlhf-operator"
+RELEASE = "rlhf"
+BUCKET = "rlhf"
+STORE_SECRET = "rlhf-object-store"
+GPU_NODE = {"rlhf.dev/gpu-memory": "24Gi"}
+STAGES = (
+    "import-model", "import-sft", "import-preferences", "import-prompts", "import-evaluation",
+    "sft", "merge", "reward", "ppo", "evaluate",
+)  # fmt: skip
+
+Document = dict[str, Any]
+Kubectl = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@dataclass
+class Release:
+    """One release of the chart in a namespace of its own, which its runs share."""
+
+    namespace: str
+    kubeconfig: Path
+    kubectl_: Kubectl
+    images: Mapping[str, str]
+    """operator, pipeline, minio -> repository:tag."""
+
+    def kubectl(self, *arguments: str | Path, **options: Any) -> "subprocess.CompletedProcess[str]":
+        """kubectl in the release's namespace."""
+        return self.kubectl_("--namespace", self.namespace, *arguments, **options)
+
+    def get(self, *arguments: str) -> Any:
+        """What `kubectl get ARGUMENTS` finds; the list of items where it is a list."""
+        found = json.loads(self.kubectl("get", *arguments, "-o", "json").stdout)
+        return found["items"] if found["kind"].endswith("List") else found
+
+    def helm(self, *arguments: str | Path, check: bool = True) -> "subprocess.CompletedProcess[str]":
+        """helm in the release's namespace; fails with what it said."""
+        program = shutil.which("helm", path=f"{BIN}:{os.environ['PATH']}")
+        assert program, "there is no helm: build it with hack/cluster/tools.sh helm"
+        done = subprocess.run(
+            [program, "--namespace", self.namespace, *arguments],
+            text=True, capture_output=True, env={**os.environ, "KUBECONFIG": str(self.kubeconfig)},
+        )  # fmt: skip
+        assert not check or done.returncode == 0, done.stderr + done.stdout
+        return done
+
+    def install(self, *values: str, timeout: str = "300s") -> None:
+        """Install or upgrade the release with the images under test and a small store; returns when all is ready."""
+        split = {name: image.rpartition(":")[::2] for name, image in self.images.items()}
+        pull = "Never" if all(image.startswith("localhost/") for image in self.images.values()) else "IfNotPresent"
+        sets = []
+        for key, name in (("image", "operator"), ("pipelineImage", "pipeline"), ("minio.image", "minio")):
+            repository, tag = split[name]
+            sets += [f"{key}.repository={repository}", f"{key}.tag={tag}", f"{key}.pullPolicy={pull}"]
+        sets += ["crds.install=false", "minio.persistence.size=4Gi", "stage.ephemeralStorage=1Gi"]
+        sets += ["stage.resources.limits.memory=4Gi", "stage.terminationGracePeriodSeconds=30"]
+        arguments = [f"--set-string={each}" if ".tag=" in each else f"--set={each}" for each in (*sets, *values)]
+        self.helm("upgrade", "--install", RELEASE, CHART, "--wait", f"--timeout={timeout}", *arguments)
+
+    def apply(self, name: str, spec: Document) -> None:
+        """Apply a run."""
+        document = {"apiVersion": "rlhf.dev/v1alpha1", "kind": "RLHFRun", "metadata": {"name": name}, "spec": spec}
+        self.kubectl("apply", "--server-side", "-f", "-", stdin=document)
+
+    def patch(self, name: str, spec: Document) -> None:
+        """Merge `spec` into a run's spec."""
+        self.kubectl("patch", "rlhfrun", name, "--type=merge", "-p", json.dumps({"spec": spec}))
+
+    def status(self, name: str) -> Document:
+        """The status of a run; empty before there is one."""
+        status: Document = self.get("rlhfrun", name).get("status") or {}
+        return status
+
+    def stages(self, name: str) -> dict[str, Document]:
+        """Stage -> its status."""
+        return {stage["name"]: stage for stage in self.status(name).get("stages", [])}
+
+    def states(self, name: str) -> dict[str, str]:
+        """Stage -> its state."""
+        return {stage: found["state"] for stage, found in self.stages(name).items()}
+
+    def condition(self, name: str, kind: str) -> Document:
+        """A condition of a run, empty if it has none of this type."""
+        found: list[Document] = self.status(name).get("conditions", [])
+        return next((each for each in found if each["type"] == kind), {})
+
+    def jobs(self, name: str) -> dict[str, list[int]]:
+        """Stage -> numbers of the attempts for which there is a Job, sorted."""
+        found: dict[str, list[int]] = {}
+        for job in self.get("jobs", "-l", f"rlhf.dev/run={name}"):
+            labels = job["metadata"]["labels"]
+            found.setdefault(labels["rlhf.dev/stage"], []).append(int(labels["rlhf.dev/attempt"]))
+        return {stage: sorted(numbers) for stage, numbers in found.items()}
+
+    def pods(self, name: str, stage: str | None = None) -> list[Document]:
+        """The pods of a run, or of one of its stages."""
+        selector = f"rlhf.dev/run={name}" + (f",rlhf.dev/stage={stage}" if stage else "")
+        pods: list[Document] = self.get("pods", "-l", selector)
+        return pods
+
+    def running_pod(self, name: str, stage: str, timeout: float = 120) -> str:
+        """Name of the pod of a stage that runs, waited for."""
+
+        def found() -> str | None:
+            for pod in self.pods(name, stage):
+                if pod["status"].get("phase") == "Running" and "deletionTimestamp" not in pod["metadata"]:
+                    return str(pod["metadata"]["name"])
+            assert self.status(name).get("phase") not in ("Succeeded", "Failed"), self.words(name)
+            return None
+
+        return self.until(found, timeout, lambda: f"no pod of {stage} runs\n{self.words(name)}")
+
+    def training_pod(self, name: str, stage: str, timeout: float = 180) -> str:
+        """Name of the pod of a stage that has made a step, as the run's status says."""
+        pod = self.running_pod(name, stage, timeout)
+
+        def stepped() -> bool:
+            found = self.stages(name)[stage]
+            assert found["state"] in ("Running", "Pending", "Waiting"), f"{stage} ended before a step was seen: {found}"
+            return int((found.get("progress") or "0/").split("/")[0]) > 0
+
+        self.until(stepped, timeout, lambda: f"{stage} made no step\n{self.words(name)}")
+        return pod
+
+    def wait(self, name: str, condition: str = "Succeeded", timeout: float = 600) -> Document:
+        """Wait for a condition of a run, and return its status. Fails as soon as the run has ended otherwise."""
+
+        def reached() -> bool:
+            phase = self.status(name).get("phase")
+            if self.condition(name, condition).get("status") == "True":
+                return True
+            assert phase not in {"Succeeded", "Failed"} - {condition}, self.words(name)
+            return False
+
+        self.until(reached, timeout, lambda: f"{name} is not {condition}\n{self.words(name)}")
+        return self.status(name)
+
+    def until(
+        self, check: Callable[[], Any], timeout: float, words: Callable[[], str] = lambda: "", every: float = 0.5
+    ) -> Any:
+        """What `check` gives as soon as that is true. Fails with `words` after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while not (found := check()):
+            assert time.monotonic() < deadline, f"after {timeout:.0f} s: {words()}"
+            time.sleep(every)
+        return found
+
+    def words(self, name: str) -> str:
+        """What the cluster says of a run: status, events, the ends of logs."""
+        parts = [yaml.safe_dump(self.status(name))]
+        parts += [self.kubectl("get", "events", "--sort-by=.lastTimestamp", check=False).stdout[-6000:]]
+        for pod in self.pods(name):
+            log = self.kubectl("logs", pod["metadata"]["name"], "--tail=25", check=False)
+            parts.append(f"{pod['metadata']['name']} {pod['status'].get('phase')}:\n{log.stdout}{log.stderr}")
+        operator = self.kubectl("logs", f"deployment/{self.operator}", "--tail=40", check=False)
+        return "\n".join([*parts, f"operator:\n{operator.stdout}"])
+
+    @property
+    def operator(self) -> str:
+        """Name of the operator's Deployment."""
+        return f"{RELEASE}-rlhf-operator"
+
+    def operator_pod(self) -> str:
+        """Name of the operator's pod, waited for until it is ready."""
+        self.kubectl("rollout", "status", f"deployment/{self.operator}", "--timeout=120s")
+        pods = self.get("pods", "-l", "app.kubernetes.io/component=operator")
+        [pod] = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+        return str(pod["metadata"]["name"])
+
+    def kill_operator(self) -> None:
+        """End the operator as SIGKILL does; its Deployment makes another."""
+        self.kubectl("delete", "pod", "-l", "app.kubernetes.io/component=operator", "--grace-period=0", "--force")
+
+    @contextmanager
+    def forwarded(self, target: str, port: int) -> Iterator[str]:
+        """host:port on this machine that leads to a port of a pod or Service while the block runs."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            local = free.getsockname()[1]
+        program = shutil.which("kubectl", path=f"{BIN}:{os.environ['PATH']}")
+        assert program
+        process = subprocess.Popen(
+            [program, "--kubeconfig", self.kubeconfig, "-n", self.namespace, "port-forward", target, f"{local}:{port}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        try:
+            assert process.stdout
+            line = process.stdout.readline()
+            assert "Forwarding" in line, line
+            yield f"127.0.0.1:{local}"
+        finally:
+            process.terminate()
+            process.wait()
+            assert process.stdout
+            process.stdout.close()
+
+    @contextmanager
+    def store(self) -> Iterator[Minio]:
+        """The release's object store."""
+        data = self.get("secret", STORE_SECRET)["data"]
+        user, password = (
+            base64.b64decode(data[key]).decode() for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+        )
+        [service] = [
+            s["metadata"]["name"] for s in self.get("services", "-l", "app.kubernetes.io/component=object-store")
+        ]
+        with self.forwarded(f"service/{service}", 9000) as address:
+            yield Minio(address, user, password, secure=False)
+
+
+def tiny_spec(**sections: Any) -> Document:
+    """A chain of few and short steps on the model and the texts that the fixture `release` put into the store.
+
+    `sections` go over it: a mapping changes fields of a section, anything else replaces it.
+    """
+    source = {"source": f"s3://{BUCKET}/sources/reviews.csv", "heldOut": 0.2}
+    steps = {"batchSize": 4, "microBatchSize": 2, "sequenceLength": 24, "learningRate": 0.01, "checkpointSteps": 2}
+    document: Document = {
+        "model": {"source": f"s3://{BUCKET}/sources/model"},
+        "data": {
+            "sft": source | {"rows": "0%:40%"},
+            "preferences": source | {"rows": "40%:70%", "textColumn": "text", "labelColumn": "label", "chosenLabel": 1},
+            "prompts": source | {"rows": "0%:40%", "promptColumn": "text", "overflow": "truncate"},
+            "evaluation": source | {"rows": "70%:100%"},
+        },
+        "quantization": {"type": "none"},
+        "lora": {"rank": 4, "layers": "top:1"},
+        "sft": steps | {"steps": 8},
+        "reward": steps | {"steps": 8, "minAccuracy": 0},
+        "ppo": {
+            "episodes": 32, "batchSize": 4, "microBatchSize": 2, "epochs": 2, "promptTokens": 6, "responseTokens": 8,
+            "learningRate": 0.01, "checkpointSteps": 2,
+        },
+        "evaluate": {"samples": 8, "batchSize": 4, "scorers": [{"name": "bag-of-words", "fitted": True}]},
+        "gpu": {"count": 0},
+        "placement": {"nodeSelector": GPU_NODE},
+    }  # fmt: skip
+    for name, changes in sections.items():
+        document[name] = document.get(name, {}) | changes if isinstance(changes, dict) else changes
+    return document
+
+
+def reviews() -> str:
+    """200 short labelled texts, as CSV."""
+    good = ("warm", "funny", "moving", "sharp", "tender")
+    bad = ("dull", "flat", "boring", "awful", "lifeless")
+    things = ("film", "story", "cast", "script", "picture", "plot", "movie", "scene", "ending", "dialogue")
+    rows = [
+        f"the {thing} is {word} {turn},{label}"
+        for label, words in ((1, good), (0, bad))
+        for word in words
+        for thing in things
+        for turn in ("and nothing else", "as they say")
+    ]
+    return "\n".join(["text,label", *rows]) + "\n"
