@@ -404,6 +404,15 @@ class StageStatus(Section):
     message: str | None = None
 
 
+class StoreStatus(Section):
+    """Where a run's artifacts are, for those who read them."""
+
+    url: str = Field(description="s3://bucket/prefix, or file:///folder of a volume.")
+    endpoint: str | None = Field(None, description="S3 endpoint URL; AWS where there is none.")
+    region: str | None = None
+    credentials_secret: str | None = Field(None, description="Secret in the run's namespace with the store's keys.")
+
+
 class RunStatus(Section):
     """What the operator, or the local runner, has seen and decided."""
 
@@ -416,6 +425,7 @@ class RunStatus(Section):
         None, description="When the run was created or last resumed: earlier failures are forgiven."
     )
     suspend: bool = Field(False, description="What spec.suspend was when the run was last looked at.")
+    store: StoreStatus | None = Field(None, description="Where the artifacts are.")
     conditions: list[Condition] = Field(default_factory=list)
     stages: list[StageStatus] = Field(default_factory=list)
     budget: list[dict[str, Any]] = Field(default_factory=list)

@@ -8,7 +8,7 @@ from typing import Any, Final
 from rlhf_api.errors import UserError
 from rlhf_api.names import OPERATOR_METRICS_PORT, OPERATOR_NAME
 from rlhf_api.quantity import bytes_of
-from rlhf_api.run import ObjectStore
+from rlhf_api.run import ObjectStore, StoreStatus
 from rlhf_api.stage import StoreConfig
 
 PREFIX: Final = "RLHF_OPERATOR_"
@@ -79,6 +79,12 @@ class OperatorSettings:
     def secret_of(self, asked: ObjectStore) -> str:
         """The Secret with the credentials of a run's store, in the run's namespace."""
         return asked.credentials_secret or self.credentials_secret
+
+    def place_of(self, asked: ObjectStore) -> StoreStatus:
+        """What a run's status says of its store."""
+        store = self.store_of(asked)
+        secret = self.secret_of(asked) if store.url.startswith("s3://") else None
+        return StoreStatus(url=store.url, endpoint=store.endpoint, region=store.region, credentials_secret=secret)
 
     def can_ask(self, asked: ObjectStore) -> bool:
         """Whether the operator's own credentials are those of the run's store."""

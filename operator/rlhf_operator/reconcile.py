@@ -115,7 +115,8 @@ class Reconciler:
         observed = self._observe(run, jobs, memory, now)
         decided = plan(run, observed, now)
         # Published first: the time it was asked for must be known before an attempt is counted against it.
-        self._publish(document, before, decided.status)
+        place = self._settings.place_of(run.spec.object_store)
+        self._publish(document, before, decided.status.model_copy(update={"store": place}))
         refused = self._apply(run, decided, observed, {job["metadata"]["name"]: job for job in jobs}, memory, now)
         if refused:
             return now

@@ -342,9 +342,16 @@ def test_a_run_goes_from_stage_to_stage_with_one_job_each(world: World) -> None:
     assert world.reasons()[-1] == "RunSucceeded"
 
 
+def test_status_says_where_the_artifacts_are(world: World) -> None:
+    world.apply(objectStore={"bucket": "mine", "prefix": "a", "endpoint": "http://there", "credentialsSecret": "keys"})
+    world.settle()
+    place = {"url": "s3://mine/a", "endpoint": "http://there", "credentialsSecret": "keys"}
+    assert world.cluster.runs["tiny"]["status"]["store"] == place
+
+
 def _outcome(world: World) -> Any:
     """Everything that must not depend on where an operator died."""
-    status = world.status().model_dump()
+    status = world.status().model_dump(exclude={"store"})  # each world has a folder of its own
     for condition in status["conditions"]:
         condition.pop("last_transition_time")
     jobs = {name: job["metadata"]["labels"] for name, job in world.cluster.jobs_.items()}
