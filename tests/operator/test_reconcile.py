@@ -346,7 +346,7 @@ def test_status_says_where_the_artifacts_are(world: World) -> None:
     world.apply(objectStore={"bucket": "mine", "prefix": "a", "endpoint": "http://there", "credentialsSecret": "keys"})
     world.settle()
     place = {"url": "s3://mine/a", "endpoint": "http://there", "credentialsSecret": "keys"}
-    assert world.cluster.runs["tiny"]["status"]["store"] == place
+    assert world.cluster.runs["run"]["status"]["store"] == place
 
 
 def _outcome(world: World) -> Any:
