@@ -146,7 +146,9 @@ def _container(run: RLHFRun, link: Link, number: int, settings: OperatorSettings
 
 def _environment(run: RLHFRun, link: Link, number: int, settings: OperatorSettings, gpus: int) -> list[Document]:
     store = settings.store_of(run.spec.object_store)
-    config = link.config(run, store, f"{run.metadata.name}-{number}")
+    # Runs of one name, in two namespaces or one after the other, may write the same artifact at once.
+    writer = f"{run.metadata.name}-{(run.metadata.uid or '')[:8]}-{number}"
+    config = link.config(run, store, writer)
     plain = {
         # The kubelet expands $(NAME) in values, and writes $ for $$.
         ENV_STAGE_CONFIG: config.model_dump_json(by_alias=True, exclude_none=True).replace("$", "$$"),

@@ -116,6 +116,17 @@ def test_a_stage_can_read_its_config() -> None:
     assert config.run.uid == "uid-1"
 
 
+def test_two_runs_of_one_name_write_to_folders_of_their_own() -> None:
+    def writer(uid: str) -> str:
+        run = resource()
+        run = run.model_copy(update={"metadata": run.metadata.model_copy(update={"uid": uid})})
+        return StageConfig.model_validate_json(environment(job("ppo", run, CHART))[ENV_STAGE_CONFIG]).attempt
+
+    uids = ("0d4d9b1e-8f54-4c7e-a1d1-1c2f3b4a5d6e", "7e1c3b7a-2f54-4c7e-a1d1-1c2f3b4a5d6e")
+    assert len({writer(uid) for uid in uids}) == 2
+    assert writer(uids[0]) == writer(uids[0])
+
+
 def test_a_config_with_dollars_reaches_the_stage_as_it_is() -> None:
     run = resource(reward={"function": "module:callable"}, data={"prompts": {"source": "s3://b/$(HOME)/$$x"}})
     text = environment(job("import-prompts", run))[ENV_STAGE_CONFIG]
