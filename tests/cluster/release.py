@@ -13,14 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from minio import Minio
+
+from rlhf_api.names import ENV_ACCESS_KEY, ENV_SECRET_KEY
+from rlhf_api.stage import ArtifactRef, StoreConfig
+from rlhf_store.artifacts import open_artifacts
 
 ROOT = Path(__file__).parents[2]
 BIN = ROOT / ".cache" / "cluster" / "bin"
 CHART = ROOT / "charts" / "rlhf-operator"
 RELEASE = "rlhf"
 BUCKET = "rlhf"
+PREFIX = "runs"  # of the chart
 STORE_SECRET = "rlhf-object-store"
 GPU_NODE = {"rlhf.dev/gpu-memory": "24Gi"}
 STAGES = (
@@ -214,17 +220,43 @@ class Release:
             assert process.stdout
             process.stdout.close()
 
+    @property
+    def store_name(self) -> str:
+        """Name of the bundled object store's StatefulSet and Service."""
+        [found] = self.get("statefulsets", "-l", "app.kubernetes.io/component=object-store")
+        return str(found["metadata"]["name"])
+
+    def contents(self, name: str) -> dict[str, str]:
+        """Kind -> content digest of each artifact that a run's status names."""
+        prefix = self.get("rlhfrun", name)["spec"].get("objectStore", {}).get("prefix") or PREFIX
+        with self.store_environment() as endpoint:
+            artifacts = open_artifacts(StoreConfig(url=f"s3://{BUCKET}/{prefix}", endpoint=endpoint))
+            refs = [stage["artifact"].split("/") for stage in self.stages(name).values()]
+            found = [artifacts.find(ArtifactRef(kind=kind, digest=digest)) for kind, digest in refs]
+        assert len(found) == len(STAGES)
+        return {manifest.kind: manifest.content for manifest in found if manifest}
+
+    @contextmanager
+    def store_environment(self) -> Iterator[str]:
+        """The store's endpoint while the block runs, with its credentials in the environment."""
+        with self.forwarded(f"service/{self.store_name}", 9000) as address, pytest.MonkeyPatch.context() as patch:
+            for name, value in zip((ENV_ACCESS_KEY, ENV_SECRET_KEY), self.credentials(), strict=True):
+                patch.setenv(name, value)
+            yield f"http://{address}"
+
+    def credentials(self) -> tuple[str, str]:
+        """Access key and secret key of the release's object store."""
+        data = self.get("secret", STORE_SECRET)["data"]
+        access, secret = (
+            base64.b64decode(data[key]).decode() for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+        )
+        return access, secret
+
     @contextmanager
     def store(self) -> Iterator[Minio]:
         """The release's object store."""
-        data = self.get("secret", STORE_SECRET)["data"]
-        user, password = (
-            base64.b64decode(data[key]).decode() for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-        )
-        [service] = [
-            s["metadata"]["name"] for s in self.get("services", "-l", "app.kubernetes.io/component=object-store")
-        ]
-        with self.forwarded(f"service/{service}", 9000) as address:
+        user, password = self.credentials()
+        with self.forwarded(f"service/{self.store_name}", 9000) as address:
             yield Minio(address, user, password, secure=False)
 
 

@@ -1,0 +1,166 @@
+"""What goes wrong in a cluster changes nothing of what a run comes to: the bytes are those of the undisturbed one."""
+
+import json
+import random
+import time
+from typing import Any
+
+import pytest
+from release import BUCKET, STAGES, Release, tiny_spec
+
+pytestmark = pytest.mark.timeout(1800)
+
+CHAIN_SECONDS = 900.0
+TRAINED = ("sft", "reward", "ppo")
+
+
+@pytest.fixture(scope="module")
+def expected(release: Release) -> dict[str, str]:
+    """Kind -> content digest of a run that nothing disturbed."""
+    release.apply("calm", tiny_spec())
+    release.wait("calm", timeout=CHAIN_SECONDS)
+    return release.contents("calm")
+
+
+def elsewhere(prefix: str, **sections: Any) -> Any:
+    """The same chain with a store prefix of its own, so that nothing is there to reuse."""
+    return tiny_spec(objectStore={"bucket": BUCKET, "prefix": prefix}, **sections)
+
+
+def test_the_operator_may_die_at_any_moment(release: Release, expected: dict[str, str]) -> None:
+    seed = random.randrange(10**6)
+    moments = random.Random(seed)
+    release.apply("killed", elsewhere("killed"))
+    kills = 0
+
+    def ended() -> bool:
+        nonlocal kills
+        if release.status("killed").get("phase") in ("Succeeded", "Failed"):
+            return True
+        release.kill_operator()
+        kills += 1
+        time.sleep(moments.uniform(2, 20))
+        return False
+
+    release.until(ended, CHAIN_SECONDS, lambda: release.words("killed"))
+    print(f"seed {seed}: the operator was killed {kills} times")
+    assert kills >= 3
+    assert release.status("killed")["phase"] == "Succeeded", release.words("killed")
+    assert release.jobs("killed") == {stage: [1] for stage in STAGES}
+    assert release.contents("killed") == expected
+
+
+def test_pods_the_store_and_the_api_server_may_go_away(release: Release, expected: dict[str, str]) -> None:
+    release.apply("lost", elsewhere("lost"))
+    # The store goes in the middle of the imports' uploads, and comes back.
+    release.running_pod("lost", "import-model")
+    release.kubectl("scale", f"statefulset/{release.store_name}", "--replicas=0")
+    release.kubectl("wait", "--for=delete", "pod", "-l", "app.kubernetes.io/component=object-store", "--timeout=60s")
+    time.sleep(20)
+    release.kubectl("scale", f"statefulset/{release.store_name}", "--replicas=1")
+    # A pod deleted while it trains,
+    release.kubectl("delete", "pod", release.training_pod("lost", "sft", CHAIN_SECONDS), "--wait=false")
+    # one evicted,
+    pod = release.training_pod("lost", "reward", CHAIN_SECONDS)
+    eviction = {
+        "apiVersion": "policy/v1",
+        "kind": "Eviction",
+        "metadata": {"name": pod, "namespace": release.namespace},
+    }
+    release.kubectl(
+        "create", "--raw", f"/api/v1/namespaces/{release.namespace}/pods/{pod}/eviction", "-f", "-",
+        stdin=json.dumps(eviction),
+    )  # fmt: skip
+    # one that vanishes at once, with the store's server killed beside it.
+    pod = release.training_pod("lost", "ppo", CHAIN_SECONDS)
+    release.kubectl("delete", "pod", pod, "--grace-period=0", "--force")
+    release.kubectl("delete", "pod", "-l", "app.kubernetes.io/component=object-store", "--grace-period=0", "--force")
+    release.wait("lost", timeout=CHAIN_SECONDS)
+    jobs = release.jobs("lost")
+    assert {stage: len(jobs[stage]) >= 2 for stage in TRAINED} == dict.fromkeys(TRAINED, True), jobs
+    assert release.contents("lost") == expected
+
+
+def test_suspended_and_deleted_in_every_stage(release: Release, expected: dict[str, str]) -> None:
+    spec = elsewhere("paused")
+    for stage in ("import-model", "sft", "merge", "reward", "ppo", "evaluate"):
+        release.apply("paused", spec)
+        release.running_pod("paused", stage, CHAIN_SECONDS)
+        release.patch("paused", {"suspend": True})
+        release.until(lambda: release.status("paused").get("phase") == "Suspended", 90, lambda: release.words("paused"))
+        assert not [pod for pod in release.pods("paused") if pod["status"]["phase"] in ("Pending", "Running")]
+        release.patch("paused", {"suspend": False})
+        release.running_pod("paused", stage, CHAIN_SECONDS)
+        release.kubectl("delete", "rlhfrun", "paused", "--timeout=60s")
+        release.until(lambda: not release.pods("paused") and not release.jobs("paused"), 120)
+    release.apply("paused", spec)
+    release.wait("paused", timeout=CHAIN_SECONDS)
+    assert release.contents("paused") == expected
+
+
+def test_an_upgrade_of_the_chart_in_the_middle_of_a_run(release: Release, expected: dict[str, str]) -> None:
+    release.apply("upgraded", tiny_spec(ppo={"klCoefficient": 0.1}))
+    release.running_pod("upgraded", "ppo")
+    before = release.operator_pod()
+    release.install("operator.workers=3")
+    assert release.operator_pod() != before
+    release.wait("upgraded", timeout=CHAIN_SECONDS)
+    assert release.jobs("upgraded") == {"ppo": [1], "evaluate": [1]}
+
+
+def test_a_run_waits_for_a_node_and_says_so(release: Release, expected: dict[str, str]) -> None:
+    label = f"{release.namespace}.example.com/pool"
+    spec = tiny_spec(evaluate={"samples": 5}, placement={"nodeSelector": {label: "a"}})
+    release.apply("waiting", spec)
+
+    def unschedulable() -> bool:
+        return release.condition("waiting", "Progressing").get("reason") == "Unschedulable"
+
+    release.until(unschedulable, 60, lambda: release.words("waiting"))
+    assert release.status("waiting")["phase"] == "Pending"
+    assert "node" in release.condition("waiting", "Progressing")["message"]
+    [node, *_] = [n["metadata"]["name"] for n in release.get("nodes", "-l", "rlhf.dev/gpu-memory")]
+    release.kubectl("label", "node", node, f"{label}=a")
+    try:
+        release.wait("waiting", timeout=CHAIN_SECONDS)
+    finally:
+        release.kubectl("label", "node", node, f"{label}-")
+    assert release.jobs("waiting") == {"evaluate": [1]}
+
+
+def test_wrong_credentials_are_said_before_a_pod_is_made(release: Release) -> None:
+    release.kubectl(
+        "create", "secret", "generic", "wrong", "--from-literal=AWS_ACCESS_KEY_ID=nobody",
+        "--from-literal=AWS_SECRET_ACCESS_KEY=nothing-at-all",
+    )  # fmt: skip
+    release.apply("denied", tiny_spec(objectStore={"credentialsSecret": "wrong"}))
+    status = release.wait("denied", "Failed", timeout=CHAIN_SECONDS)
+    assert set(release.jobs("denied")) <= {stage for stage in STAGES if stage.startswith("import")}, status
+    assert (
+        "credential" in json.dumps(status["conditions"]).lower() or "access" in json.dumps(status["conditions"]).lower()
+    )
+
+
+def test_a_stage_over_its_memory_limit_is_recognised(release: Release, expected: dict[str, str]) -> None:
+    limited = {"spec": {"containers": [{"name": "stage", "resources": {"limits": {"memory": "200Mi"}}}]}}
+    release.apply("tight", tiny_spec(evaluate={"samples": 3}, placement={"podTemplate": limited}))
+    release.wait("tight", "Failed", timeout=CHAIN_SECONDS)
+    assert release.stages("tight")["evaluate"]["failure"] == "outOfMemory"
+    assert release.condition("tight", "Failed")["reason"] == "OutOfMemory"
+
+
+def test_a_stage_has_no_way_into_the_api_server(release: Release, expected: dict[str, str]) -> None:
+    release.apply("curious", tiny_spec(ppo={"klCoefficient": 0.15}))
+    pod = release.running_pod("curious", "ppo")
+    script = (
+        "import os, ssl, urllib.request, urllib.error\n"
+        "assert not os.path.exists('/var/run/secrets/kubernetes.io'), 'a token is mounted'\n"
+        "try:\n"
+        "    urllib.request.urlopen('https://kubernetes.default.svc/api/v1/namespaces', timeout=10,\n"
+        "                           context=ssl._create_unverified_context())\n"
+        "except urllib.error.HTTPError as error: print(error.code)\n"
+        "except OSError: print('unreachable')\n"
+    )
+    said = release.kubectl("exec", pod, "--", "python", "-c", script).stdout.strip()
+    release.kubectl("delete", "rlhfrun", "curious")
+    assert said in ("401", "403", "unreachable")
