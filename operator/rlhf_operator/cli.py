@@ -1,16 +1,17 @@
-"""The command `rlhf`: its arguments, its errors and its exit codes. What each command does is in its own module.
+"""The commands `rlhf` and `kubectl rlhf`: their arguments, errors and exit codes. What each does is in its own module.
 
 Those modules are imported by the command that needs them, so that `rlhf --help` answers at once.
 """
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from rlhf_api.errors import RLHFError
+from rlhf_api.errors import RLHFError, UserError
 from rlhf_api.names import EXIT_BUG, EXIT_CODES, EXIT_INTERRUPTED
+from rlhf_operator.cluster_options import KUBECTL, ClusterOptions, on_cluster
 
 app = typer.Typer(
     help="RLHF for language models: import, sft, merge, reward, ppo and evaluate from one RLHFRun file.",
@@ -23,21 +24,42 @@ app = typer.Typer(
 artifacts_app = typer.Typer(help="List, check and clean the store.", no_args_is_help=True)
 app.add_typer(artifacts_app, name="artifacts")
 
+IN_CLUSTERS = ("run", "status", "logs", "suspend", "resume", "report", "generate")
+"""The commands that know runs in a cluster."""
+
 RunFile = Annotated[Path, typer.Argument(help="RLHFRun as YAML or JSON.", metavar="FILE")]
-RunName = Annotated[str, typer.Argument(help="metadata.name of a run in .rlhf/runs.", metavar="RUN")]
+RunName = Annotated[str, typer.Argument(help="metadata.name of a run of this folder or a cluster.", metavar="RUN")]
+ClusterRun = Annotated[str, typer.Argument(help="metadata.name of a run.", metavar="RUN")]
 StoreURL = Annotated[
     str | None, typer.Option("--store", help="file:///folder or s3://bucket/prefix.  [default: .rlhf/store]")
 ]
 Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint URL.")]
+ReachableEndpoint = Annotated[
+    str | None, typer.Option("--endpoint", help="S3 endpoint URL, where the run's own is none for this machine.")
+]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
 
 @app.command()
-def run(file: RunFile, store: StoreURL = None, endpoint: Endpoint = None, json: AsJSON = False) -> None:
-    """Run the chain, or continue it. Ctrl-C saves a checkpoint and stops; run again to continue."""
-    from rlhf_operator.run_command import run_file
+@on_cluster
+def run(
+    file: RunFile,
+    where: ClusterOptions | None,
+    store: StoreURL = None,
+    endpoint: Endpoint = None,
+    json: AsJSON = False,
+    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="In a cluster: show it until it ends.")] = True,
+) -> None:
+    """Run the chain, or continue it. Ctrl-C saves a checkpoint and stops; a run in a cluster goes on without you."""
+    if where is None:
+        from rlhf_operator.run_command import run_file
 
-    raise typer.Exit(run_file(file, store, endpoint, json))
+        raise typer.Exit(run_file(file, store, endpoint, json))
+    if store or endpoint:
+        raise UserError("--store, --endpoint: the file's spec.objectStore says where a cluster keeps artifacts")
+    from rlhf_operator.cluster_run_command import run_in_cluster
+
+    raise typer.Exit(run_in_cluster(file, where, follow, json))
 
 
 @app.command()
@@ -57,44 +79,106 @@ def plan_(file: RunFile, store: StoreURL = None, endpoint: Endpoint = None, json
 
 
 @app.command()
+@on_cluster
 def status(
+    where: ClusterOptions | None,
     name: Annotated[str | None, typer.Argument(help="A run; all, if left out.", metavar="RUN")] = None,
+    everywhere: Annotated[
+        bool, typer.Option("--all-namespaces", "-A", help="The runs of every namespace of a cluster.")
+    ] = False,
     json: AsJSON = False,
 ) -> None:
-    """Show the runs of this folder, or the stages of one."""
-    from rlhf_operator.status_command import show_run, show_runs
+    """Show the runs of this folder or of a cluster, or the stages of one."""
+    if where is None and not everywhere:
+        from rlhf_operator.status_command import show_run, show_runs
 
-    if name is None:
-        show_runs(json)
-    else:
-        show_run(name, json)
+        show_runs(json) if name is None else show_run(name, json)
+        return
+    from rlhf_operator.cluster_status_command import show_cluster_run, show_cluster_runs
+
+    where = where or ClusterOptions()
+    show_cluster_runs(where, everywhere, json) if name is None else show_cluster_run(name, where, json)
 
 
 @app.command()
+@on_cluster
+def logs(
+    where: ClusterOptions | None,
+    name: Annotated[str | None, typer.Argument(help="A run; the newest, if left out.", metavar="RUN")] = None,
+    stage: Annotated[str | None, typer.Option(help="One stage, such as ppo.  [default: the newest]")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on while it is written.")] = False,
+) -> None:
+    """Print what a stage wrote: its newest attempt, running or not."""
+    if where is None:
+        from rlhf_operator.logs_command import show_log
+
+        show_log(name, stage, follow)
+        return
+    from rlhf_operator.cluster_logs_command import show_cluster_log
+
+    show_cluster_log(name, where, stage, follow)
+
+
+@app.command()
+@on_cluster
+def suspend(name: ClusterRun, where: ClusterOptions | None) -> None:
+    """Stop a run in a cluster; its stages save a checkpoint."""
+    from rlhf_operator.resume_command import suspend_run
+
+    suspend_run(name, _need_cluster(where, "a run of this folder is suspended with Ctrl-C"))
+
+
+@app.command()
+@on_cluster
+def resume(name: ClusterRun, where: ClusterOptions | None) -> None:
+    """Let a run in a cluster go on, also one that has failed."""
+    from rlhf_operator.resume_command import resume_run
+
+    resume_run(name, _need_cluster(where, "a run of this folder goes on with `rlhf run FILE`"))
+
+
+def _need_cluster(where: ClusterOptions | None, otherwise: str) -> ClusterOptions:
+    if where is None:
+        raise UserError(f"{otherwise}; for a run in a cluster add --cluster")
+    return where
+
+
+@app.command()
+@on_cluster
 def report(
     name: RunName,
+    where: ClusterOptions | None,
     out: Annotated[Path | None, typer.Option(help="Where to write it.  [default: RUN-report.html]")] = None,
+    endpoint: ReachableEndpoint = None,
 ) -> None:
     """Copy the report of a finished run out of the store and print its path."""
+    from rlhf_operator.open_run import opened
     from rlhf_operator.status_command import copy_report
 
-    copy_report(name, out or Path(f"{name}-report.html"))
+    with opened(name, where, endpoint) as run:
+        copy_report(run, out or Path(f"{name}-report.html"))
 
 
 @app.command()
+@on_cluster
 def generate(
     name: RunName,
+    where: ClusterOptions | None,
     prompt: Annotated[list[str], typer.Option(help="A prompt; may be given again.")],
     without_adapter: Annotated[bool, typer.Option("--without-adapter", help="Only the model before PPO.")] = False,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a response, at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    endpoint: ReachableEndpoint = None,
     json: AsJSON = False,
 ) -> None:
-    """Try the policy of a finished run, with its adapter and without."""
+    """Try the policy of a finished run on this machine, with its adapter and without."""
     from rlhf_operator.generate_command import generate_from
+    from rlhf_operator.open_run import opened
 
-    raise typer.Exit(generate_from(name, prompt, without_adapter, tokens, temperature, seed, json))
+    with opened(name, where, endpoint) as run:
+        code = generate_from(run, prompt, without_adapter, tokens, temperature, seed, json)
+    raise typer.Exit(code)
 
 
 @artifacts_app.command("ls")
@@ -143,11 +227,20 @@ def artifacts_gc(
 
 
 def main() -> None:
-    """The console script. A failure is one line on standard error and its class's exit code."""
+    """The console script `rlhf`. A failure is one line on standard error and its class's exit code."""
+    _main("rlhf")
+
+
+def kubectl_main() -> None:
+    """The console script `kubectl-rlhf`, which kubectl runs as `kubectl rlhf`: the same, about runs in a cluster."""
+    _main(KUBECTL, {name: {"cluster": True} for name in IN_CLUSTERS})
+
+
+def _main(program: str, defaults: dict[str, Any] | None = None) -> None:
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        app(args=arguments, prog_name="rlhf")
+        app(args=arguments, prog_name=program, default_map=defaults)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:  # `rlhf … | head`

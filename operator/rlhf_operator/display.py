@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import get_args
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -10,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_api.run import RunStatus, StageState, StageStatus
+from rlhf_api.run import Phase, RunStatus, StageState, StageStatus
 from rlhf_api.stage import Progress
 from rlhf_operator.figures import duration, key_metrics
 from rlhf_operator.local import Show
@@ -26,6 +27,7 @@ MARKS: dict[StageState, tuple[str, str]] = {
     "Failed": ("✗", "bold red"),
     "Suspended": ("‖", "yellow"),
 }
+PHASES = get_args(Phase)
 BAR_WIDTH = 20
 PLAIN_WIDTH = 200  # of output that is not a terminal
 LINE_SECONDS = 30.0  # between plain lines of a stage that makes progress
@@ -47,7 +49,7 @@ def display(screen: Console) -> Iterator[Show]:
     with Live(console=screen, auto_refresh=False, vertical_overflow="visible") as live:
         # The empty line takes the ^C that a terminal echoes, which would shift the table.
         yield lambda status, observed: live.update(
-            Group(stage_table(status, observed, time.time()), Text()), refresh=True
+            Group(stage_table(status, observed, time.time()), Text(waiting_for(status), style="yellow")), refresh=True
         )
 
 
@@ -74,12 +76,21 @@ def stage_table(status: RunStatus, observed: Observed, now: float) -> Table:
     return table
 
 
+def waiting_for(status: RunStatus) -> str:
+    """What keeps the run from going on, such as a store that does not answer; empty if nothing does."""
+    for condition in status.conditions:
+        if condition.type == "Progressing" and condition.status == "True" and condition.reason not in PHASES:
+            return f"{condition.reason}: {condition.message}"
+    return ""
+
+
 class PlainLines:
     """One line for each change of a stage's state, and now and then one for its progress."""
 
     def __init__(self, screen: Console) -> None:
         self._console = screen
         self._last: dict[str, tuple[StageState, int, float]] = {}
+        self._waiting = ""
 
     def __call__(self, status: RunStatus, observed: Observed) -> None:
         now = time.time()
@@ -92,9 +103,13 @@ class PlainLines:
             self._last[stage.name] = (stage.state, stage.attempt, now)
             steps = f"{progress.step}/{progress.total}" if progress and progress.total else ""
             parts = [stage.name, stage.state.lower(), steps, _time(stage, observed, now), _words(stage, progress, now)]
-            self._console.print(
-                "  ".join(part for part in parts if part), markup=False, highlight=False, soft_wrap=True
-            )
+            self._print("  ".join(part for part in parts if part))
+        if (waiting := waiting_for(status)) != self._waiting:
+            self._waiting = waiting
+            self._print(waiting or "goes on")
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _progress(stage: StageStatus, observed: Observed) -> Progress | None:

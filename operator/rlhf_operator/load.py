@@ -13,6 +13,15 @@ from rlhf_api.run import RLHFRun
 
 def load_run(path: Path) -> RLHFRun:
     """The run that a file describes. Raises UserError, each line beginning with the file's name or a field's path."""
+    document = load_document(path)
+    try:
+        return parse_run(document)
+    except UserError as error:
+        raise UserError(f"{path} is not a valid RLHFRun:\n{error}") from None
+
+
+def load_document(path: Path) -> Any:
+    """What the file says, with no default filled in. Raises UserError unless it is YAML, or JSON, of one document."""
     try:
         text = path.read_text()
     except FileNotFoundError:
@@ -25,10 +34,7 @@ def load_run(path: Path) -> RLHFRun:
         raise UserError(f"{path}: is no valid YAML: {' '.join(str(error).split())}") from None
     if len(documents) != 1:
         raise UserError(f"{path}: holds {len(documents)} documents; write one RLHFRun")
-    try:
-        return parse_run(documents[0])
-    except UserError as error:
-        raise UserError(f"{path} is not a valid RLHFRun:\n{error}") from None
+    return documents[0]
 
 
 class _Loader(yaml.SafeLoader):

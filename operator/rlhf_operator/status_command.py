@@ -10,12 +10,12 @@ from rich.text import Text
 from rlhf_api.errors import UserError
 from rlhf_api.run import RunStatus
 from rlhf_operator.display import console, stage_table
+from rlhf_operator.open_run import OpenRun
 from rlhf_operator.place import home
 from rlhf_operator.plan import Observed
 from rlhf_operator.run_folder import RunFolder
 from rlhf_operator.stages import STAGES
 from rlhf_operator.summary import save_report
-from rlhf_store.artifacts import open_artifacts
 
 
 def show_runs(as_json: bool) -> None:
@@ -51,13 +51,11 @@ def show_run(name: str, as_json: bool) -> None:
     screen.print(stage_table(status, Observed(attempts=attempts), time.time()))
 
 
-def copy_report(name: str, out: Path) -> None:
+def copy_report(run: OpenRun, out: Path) -> None:
     """Write the report page to `out` and print its path. Raises UserError if the run has none yet."""
-    folder = home().run_folder(name)
-    status = folder.need_status()
-    path = save_report(status, open_artifacts(folder.store()), out)
+    path = save_report(run.status, run.artifacts, out)
     if path is None:
-        raise UserError(f"run {name!r} has no report yet: its phase is {status.phase}; finish it with `rlhf run`")
+        raise UserError(f"run {run.name!r} has no report yet: its phase is {run.status.phase}; {run.finish}")
     print(path)
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -26,7 +26,9 @@ __all__ = ["ArtifactWriter", "Artifacts", "FileEntry", "Garbage", "Manifest", "o
 SMALL_UPLOADS = 4  # files of a folder sent at once
 
 
-def open_artifacts(store: StoreConfig, patience: float = 120.0) -> "Artifacts":
+def open_artifacts(
+    store: StoreConfig, patience: float = 120.0, environment: Mapping[str, str] = os.environ
+) -> "Artifacts":
     """The artifacts of a store. S3 credentials come from the environment; raises StoreError if there are none.
 
     `patience`: seconds that an S3 store may take to go on with an answer.
@@ -35,7 +37,7 @@ def open_artifacts(store: StoreConfig, patience: float = 120.0) -> "Artifacts":
         return Artifacts(FileObjects(Path(unquote(urlsplit(store.url).path))))
     from rlhf_store.s3_objects import S3Objects
 
-    return Artifacts(S3Objects.from_environment(store, os.environ, patience))
+    return Artifacts(S3Objects.from_environment(store, environment, patience))
 
 
 class Artifacts:

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the answers. Returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        artifacts = open_artifacts(StoreConfig(url=options.store_url, endpoint=options.endpoint))
+        artifacts = open_artifacts(StoreConfig(url=options.store_url, endpoint=options.endpoint, region=options.region))
         with tempfile.TemporaryDirectory(prefix="rlhf-generate-") as work:
             answers = generate(
                 artifacts,
@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m rlhf_pipeline.generate", description=__doc__)
     parser.add_argument("--store-url", required=True, help="file:///folder or s3://bucket/prefix")
     parser.add_argument("--endpoint", help="S3 endpoint URL")
+    parser.add_argument("--region", help="of the bucket")
     parser.add_argument("--model", required=True, help="kind/digest of the base: the merged model")
     parser.add_argument("--policy", help="kind/digest of the policy; without it, the model alone answers")
     parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be repeated")

@@ -1,0 +1,111 @@
+"""`rlhf run FILE --cluster`: hand the run to an operator, show it, and end as a run on this machine does."""
+
+import json
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rlhf_api.errors import RLHFError, UserError
+from rlhf_api.names import EXIT_INTERRUPTED, EXIT_OK
+from rlhf_operator.cluster_options import ClusterOptions
+from rlhf_operator.cluster_runs import ClusterRuns
+from rlhf_operator.display import console, display
+from rlhf_operator.followed import follow, status_of
+from rlhf_operator.load import load_document, load_run
+from rlhf_operator.open_run import opened
+from rlhf_operator.pod_template import Document
+from rlhf_operator.resume_command import asked_again
+from rlhf_operator.run_command import exit_code
+from rlhf_operator.summary import summarize, summary_table
+
+
+def run_in_cluster(file: Path, where: ClusterOptions, follow_it: bool, as_json: bool) -> int:
+    """Apply the file's run and, unless told not to, follow it to its end; returns the exit code, as on this machine.
+
+    Ctrl-C ends the following, not the run. A run that has failed is asked for again. With `as_json`, progress goes to
+    standard error.
+    """
+    load_run(file)  # every complaint at once, before anything is sent
+    document = load_document(file)
+    where = _with_namespace(where, document, file)
+    runs = ClusterRuns(where)
+    run = _submitted(runs, document)
+    name, screen = run["metadata"]["name"], console(stderr=as_json)
+    if not follow_it:
+        if as_json:
+            print(json.dumps({"name": name, "namespace": runs.namespace, "uid": run["metadata"]["uid"]}))
+        else:
+            print(_ways(file, name, where))
+        return EXIT_OK
+    try:
+        with display(screen) as show:
+            status = follow(runs, run, show, lambda line: _say(line, screen))
+    except KeyboardInterrupt:
+        print(f"rlhf: {name} goes on in namespace {runs.namespace}\n{_ways(file, name, where)}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    if as_json:
+        print(status.model_dump_json(by_alias=True, exclude_none=True))
+    match status.phase:
+        case "Succeeded":
+            _show_success(name, where, screen)
+            return EXIT_OK
+        case "Suspended":
+            print(f"rlhf: {name} is suspended; `{where.command('resume', name)}` continues it", file=sys.stderr)
+            return EXIT_INTERRUPTED
+    failed = next(condition for condition in status.conditions if condition.type == "Failed")
+    print(f"rlhf: {failed.message}", file=sys.stderr)
+    return exit_code(failed.reason)
+
+
+def _with_namespace(where: ClusterOptions, document: Any, file: Path) -> ClusterOptions:
+    """The options with the file's namespace. Raises UserError if they name another."""
+    named = document["metadata"].get("namespace")
+    if named and where.namespace and named != where.namespace:
+        raise UserError(f"--namespace {where.namespace}: {file} is for namespace {named}; leave one of them out")
+    return replace(where, namespace=named or where.namespace)
+
+
+def _submitted(runs: ClusterRuns, document: Any) -> Document:
+    """Applies the run, says what became of it on standard error, and asks again for one that had failed."""
+    name = document["metadata"]["name"]
+    before = runs.find(name)
+    # Said in any case: what the file leaves out is false, whatever `suspend` made it.
+    asked = {**document, "spec": {"suspend": False, **document["spec"]}}
+    run = runs.apply(asked)
+    status = status_of(run)
+    word = "created"
+    if before is not None:
+        word = "unchanged" if before["metadata"]["generation"] == run["metadata"]["generation"] else "changed"
+        if status is not None and status.phase == "Failed" and not asked["spec"]["suspend"]:
+            run, word = asked_again(runs, run), "asked for again"
+    print(f"rlhf: {name} {word} in namespace {runs.namespace}", file=sys.stderr)
+    return run
+
+
+def _say(line: str, screen: Console) -> None:
+    screen.print(f"rlhf: {line}", markup=False, highlight=False, soft_wrap=True, style="yellow")
+
+
+def _ways(file: Path, name: str, where: ClusterOptions) -> str:
+    """What a person may do with a run that goes on without them."""
+    ways = {
+        "follow": where.command("run", str(file)),
+        "look": where.command("status", name),
+        "suspend": where.command("suspend", name),
+        "delete": shlex.join(where.kubectl("delete", "rlhfrun", name)),
+    }
+    return "\n".join(f"  {word:<8} {command}" for word, command in ways.items())
+
+
+def _show_success(name: str, where: ClusterOptions, screen: Console) -> None:
+    """The figures, where this machine may read the store: the run has succeeded either way."""
+    try:
+        with opened(name, where) as run:
+            screen.print(summary_table(summarize(run.status, run.artifacts)))
+    except RLHFError as error:
+        print(f"rlhf: no summary: {error}", file=sys.stderr)
+    screen.print(f"Report: {where.command('report', name)}", highlight=False, soft_wrap=True)
