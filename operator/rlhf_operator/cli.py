@@ -31,7 +31,7 @@ RunFile = Annotated[Path, typer.Argument(help="RLHFRun as YAML or JSON.", metava
 RunName = Annotated[str, typer.Argument(help="metadata.name of a run of this folder or a cluster.", metavar="RUN")]
 ClusterRun = Annotated[str, typer.Argument(help="metadata.name of a run.", metavar="RUN")]
 StoreURL = Annotated[
-    str | None, typer.Option("--store", help="file:///folder or s3://bucket/prefix.  [default: .rlhf/store]")
+    str | None, typer.Option("--store", help="file:///folder or s3://bucket/prefix; .rlhf/store, if left out.")
 ]
 Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint URL.")]
 ReachableEndpoint = Annotated[
@@ -105,7 +105,7 @@ def status(
 def logs(
     where: ClusterOptions | None,
     name: Annotated[str | None, typer.Argument(help="A run; the newest, if left out.", metavar="RUN")] = None,
-    stage: Annotated[str | None, typer.Option(help="One stage, such as ppo.  [default: the newest]")] = None,
+    stage: Annotated[str | None, typer.Option(help="One stage, such as ppo; the newest, if left out.")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on while it is written.")] = False,
 ) -> None:
     """Print what a stage wrote: its newest attempt, running or not."""
@@ -148,7 +148,7 @@ def _need_cluster(where: ClusterOptions | None, otherwise: str) -> ClusterOption
 def report(
     name: RunName,
     where: ClusterOptions | None,
-    out: Annotated[Path | None, typer.Option(help="Where to write it.  [default: RUN-report.html]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write it; RUN-report.html, if left out.")] = None,
     endpoint: ReachableEndpoint = None,
 ) -> None:
     """Copy the report of a finished run out of the store and print its path."""

@@ -40,10 +40,12 @@ class ClusterOptions:
 
 Cluster = Annotated[bool, typer.Option("--cluster", help="A run in a Kubernetes cluster.")]
 Namespace = Annotated[
-    str | None, typer.Option("--namespace", "-n", help="Its namespace.  [default: the context's]", metavar="NAME")
+    str | None, typer.Option("--namespace", "-n", help="Its namespace; the context's, if left out.", metavar="NAME")
 ]
-Context = Annotated[str | None, typer.Option(help="Context of the kubeconfig.", metavar="NAME")]
-Kubeconfig = Annotated[Path | None, typer.Option(help="[default: KUBECONFIG, or ~/.kube/config]", metavar="FILE")]
+Context = Annotated[
+    str | None, typer.Option(help="Context of the kubeconfig; its current one, if left out.", metavar="NAME")
+]
+Kubeconfig = Annotated[Path | None, typer.Option(help="Instead of KUBECONFIG or ~/.kube/config.", metavar="FILE")]
 
 
 def on_cluster(command: Callable[..., None]) -> Callable[..., None]:

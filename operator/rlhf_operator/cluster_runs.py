@@ -1,6 +1,7 @@
 """What a person's commands ask of a cluster: runs, their Jobs, pods and logs. A refusal is one line with its remedy."""
 
 import difflib
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ from rlhf_operator.pod_template import Document
 
 try:
     import urllib3
+    import yaml
     from kubernetes import client, config
 
     from rlhf_operator.kubernetes_api import (
@@ -54,13 +56,19 @@ class ClusterRuns:
         path = f"/apis/{GROUP}/{VERSION}/{PLURAL}" if everywhere else self._path()
         query = {"limit": str(PAGE)}
         found: list[Document] = []
-        with self._explained():
-            while True:
-                page = self._api.request("GET", path, query=query)
-                found += page["items"]
-                if not (more := page["metadata"].get("continue")):
-                    return found
-                query["continue"] = more
+        try:
+            with self._explained():
+                while True:
+                    page = self._api.request("GET", path, query=query)
+                    found += page["items"]
+                    if not (more := page["metadata"].get("continue")):
+                        return found
+                    query["continue"] = more
+        except NotFound as error:
+            raise UserError(
+                f"{self._settings.host}: knows no {CRD}; install the chart (charts/rlhf-operator), or choose another "
+                "cluster with --context"
+            ) from error
 
     def find(self, name: str) -> Document | None:
         """A run, or None. Raises UserError if the cluster knows no runs at all."""
@@ -92,7 +100,8 @@ class ClusterRuns:
                 return self._api.request("PATCH", self._path(name), document, query, APPLY_PATCH)
         except NotFound as error:
             self.runs()
-            raise UserError(f"namespace {self.namespace}: does not exist; create it: {error}") from error
+            remedy = shlex.join(self._everywhere.kubectl("create", "namespace", self.namespace))
+            raise UserError(f"namespace {self.namespace}: does not exist; create it with {remedy}") from error
 
     def suspend(self, name: str, suspend: bool) -> Document:
         """Set spec.suspend. Returns the run."""
@@ -123,6 +132,10 @@ class ClusterRuns:
     def service(self, namespace: str, name: str) -> Document | None:
         """A Service, or None. Raises Denied if it may not be read."""
         return self._read(namespace, "services", name)
+
+    @property
+    def _everywhere(self) -> ClusterOptions:
+        return replace(self.options, namespace=None)
 
     def _read(self, namespace: str, plural: str, name: str) -> Document | None:
         try:
@@ -173,21 +186,18 @@ class ClusterRuns:
             raise UserError(
                 f"{error}; ask whoever runs the cluster for the role view, or edit to change runs"
             ) from error
-        except NotFound as error:
-            if "could not find the requested resource" in str(error):
-                raise UserError(
-                    f"{server}: has no {CRD}; install the chart (charts/rlhf-operator), or choose another cluster "
-                    "with --context"
-                ) from error
-            raise
 
 
 def _settings(options: ClusterOptions) -> tuple[Any, str, bool]:
     """The client's settings, the namespace, and whether they are those of the pod that this runs in."""
     settings = client.Configuration()
+    if options.kubeconfig and not options.kubeconfig.exists():
+        raise UserError(f"--kubeconfig {options.kubeconfig}: there is no such file")
     file = str(options.kubeconfig) if options.kubeconfig else None
     try:
         contexts, current = config.list_kube_config_contexts(file)
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"the kubeconfig cannot be read: {' '.join(str(error).split())}; correct it") from error
     except config.ConfigException as error:
         if not (options.kubeconfig or options.context):
             try:

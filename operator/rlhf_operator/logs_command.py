@@ -38,8 +38,9 @@ def nothing_of(run: str, stage: str | None, begun: Iterable[str]) -> str:
     """Why there is no log."""
     if stage is not None and stage not in [one.name for one in STAGES]:
         return f"--stage {stage}: there is no such stage; use one of {', '.join(one.name for one in STAGES)}"
-    others = ", ".join(dict.fromkeys(begun))
-    return f"run {run!r}: {stage or 'no stage'} has not begun here; {f'these have: {others}' if others else 'none has'}"
+    if not (others := ", ".join(dict.fromkeys(begun))):
+        return f"run {run!r}: no stage has begun"
+    return f"run {run!r}: {stage} has not begun; these have: {others}"
 
 
 def _newest() -> str:
