@@ -38,17 +38,15 @@ build() { # build NAME BASE ARGUMENT...: as everybody builds it, by the Makefile
         >"$archives/$name.log" 2>&1 || fail "$name: $(tail -20 "$archives/$name.log")"
 }
 
-nodes() { kubectl get nodes -o json | jq -r '.items[] | select(any(.spec.taints[]?; .effect == "NoSchedule") | not).metadata.name'; }
-
-put_on_nodes() { # put_on_nodes NAME BUILT-TAG
-    local name=$1 built=$2 id reference file missing=() node
+put_on_nodes() { # put_on_nodes NAME BUILT-TAG [SELECTOR]: on every node that takes pods, or those with these labels
+    local name=$1 built=$2 selector=${3:-!node-role.kubernetes.io/control-plane} id reference file missing=() node
     case $builder in
     docker ) id=$(docker image inspect --format '{{.Id}}' "$built") ;;
     * ) id=$(buildah inspect --type image --format '{{.FromImageID}}' "$built") ;;
     esac
     id=${id#sha256:}
     reference=localhost/rlhf-$name:${id:0:12}
-    for node in $(nodes); do
+    for node in $(kubectl get nodes --selector "$selector" -o 'jsonpath={.items[*].metadata.name}'); do
         "$engine" exec "$node" ctr --namespace k8s.io images ls --quiet | grep -qx "$reference" || missing+=("$node")
     done
     if [ ${#missing[@]} -gt 0 ]; then
@@ -86,6 +84,6 @@ build operator "$python_base"
 build pipeline "$python_base"
 build minio "$go_base" $go_caches
 put_on_nodes operator "rlhf-operator:$version"
-put_on_nodes pipeline "rlhf-pipeline:$version-cpu"
+put_on_nodes pipeline "rlhf-pipeline:$version-cpu" rlhf.dev/gpu-memory # 4 GB: where the runs' selector leads
 put_on_nodes minio "rlhf-minio:$version"
 say "the images are on the nodes"

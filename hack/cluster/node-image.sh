@@ -80,6 +80,11 @@ make_archives() {
     cp "$rootfs/bin/busybox" "$folders/pod-network/bin/"
     for component in sh ip sleep cat mv; do ln -sf busybox "$folders/pod-network/bin/$component"; done
     archive pod-network localhost/pod-network:1 /bin/sh /usr/local/bin/network.sh
+    mkdir -p "$folders/local-path"/{usr/local/bin,bin,etc,tmp}
+    cp "$bin/local-path-provisioner" "$folders/local-path/usr/local/bin/"
+    cp "$rootfs/bin/busybox" "$folders/local-path/bin/"
+    for component in sh mkdir chmod rm; do ln -sf busybox "$folders/local-path/bin/$component"; done
+    archive local-path localhost/local-path:1
 }
 
 make_firewall_folder() { # iptables, nft and conntrack of the rootfs with the libraries that they load

@@ -6,7 +6,7 @@ set -euo pipefail
 
 kubernetes="kube-apiserver kube-controller-manager kube-scheduler kubelet kubeadm kube-proxy kubectl"
 control_plane="etcd kube-apiserver kubectl kube-controller-manager kube-scheduler"
-node="kubelet kubeadm kube-proxy containerd containerd-shim-runc-v2 ctr coredns host-local loopback ptp portmap"
+node="kubelet kubeadm kube-proxy containerd containerd-shim-runc-v2 ctr coredns host-local loopback ptp portmap local-path-provisioner"
 clients="kind helm"
 
 version_of() {
@@ -16,6 +16,7 @@ version_of() {
     containerd* | ctr ) echo "$CONTAINERD" ;;
     coredns ) echo "$COREDNS" ;;
     host-local | loopback | ptp | portmap ) echo "$CNI_PLUGINS" ;;
+    local-path-provisioner ) echo "$LOCAL_PATH_PROVISIONER" ;;
     kind ) echo "$KIND" ;;
     helm ) echo "$HELM" ;;
     kwok ) echo "$KWOK" ;;
@@ -77,6 +78,7 @@ build() {
     host-local ) install "github.com/containernetworking/plugins/plugins/ipam/$1@$CNI_PLUGINS" ;;
     loopback | ptp ) install "github.com/containernetworking/plugins/plugins/main/$1@$CNI_PLUGINS" ;;
     portmap ) install "github.com/containernetworking/plugins/plugins/meta/$1@$CNI_PLUGINS" ;;
+    local-path-provisioner ) install "github.com/rancher/$1@$LOCAL_PATH_PROVISIONER" ;;
     kind ) install "sigs.k8s.io/kind@$KIND" ;;
     helm ) install "helm.sh/helm/v3/cmd/helm@$HELM" "-X helm.sh/helm/v3/internal/version.version=$HELM" ;;
     kwok ) install "sigs.k8s.io/kwok/cmd/kwok@$KWOK" && kwok_stages ;;
