@@ -11,7 +11,10 @@ import pytest
 from rlhf_api.errors import UserError
 from rlhf_api.names import EXIT_CODES
 from rlhf_operator.artifacts_command import collect_garbage, list_artifacts, verify_artifacts
+from rlhf_operator.cli import IN_CLUSTERS
 from rlhf_operator.generate_command import generate_from
+from rlhf_operator.logs_command import show_log
+from rlhf_operator.open_run import opened
 from rlhf_operator.plan_command import plan_file, validate_file
 from rlhf_operator.run_command import exit_code, run_file
 from rlhf_operator.status_command import copy_report, show_run, show_runs
@@ -44,10 +47,20 @@ def finish(bench: "Bench", **spec: Any) -> None:
     bench.run(**spec)
 
 
+def report(name: str, out: Path) -> None:
+    with opened(name, None) as run:
+        copy_report(run, out)
+
+
+def generate(name: str, *arguments: Any, **others: Any) -> int:
+    with opened(name, None) as run:
+        return generate_from(run, *arguments, **others)
+
+
 def test_help_names_every_command() -> None:
     done = rlhf("--help")
     assert done.returncode == 0
-    for command in ("run", "validate", "plan", "status", "report", "generate", "artifacts"):
+    for command in (*IN_CLUSTERS, "validate", "plan", "artifacts"):
         assert command in done.stdout
 
 
@@ -63,6 +76,11 @@ def test_the_command_starts_without_its_heavy_parts() -> None:
         (["artifacts", "ls", "polizy"], "kind 'polizy': there is no such kind; use one of model,"),
         (["artifacts", "ls", "--store", "s3://"], "--store s3://: no store; use"),
         (["artifacts", "ls", "--endpoint", "http://there"], "add --store s3://bucket/prefix"),
+        (["suspend", "nope"], "suspended with Ctrl-C; for a run in a cluster add --cluster"),
+        (["resume", "nope"], "for a run in a cluster add --cluster"),
+        (["logs"], "no run began in this folder"),
+        (["logs", "nope"], "run 'nope' is not in"),
+        (["status", "--kubeconfig", "nowhere"], "--kubeconfig nowhere: there is no such file"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_2(arguments: list[str], words: str) -> None:
@@ -198,17 +216,55 @@ def test_status_tells_a_killed_run_from_one_that_runs(bench: "Bench", capsys: py
 
 def test_report_is_copied_out(bench: "Bench", capsys: pytest.CaptureFixture[str]) -> None:
     finish(bench)
-    copy_report("tiny", bench.folder / "page.html")
+    report("tiny", bench.folder / "page.html")
     assert "tiny report" in (bench.folder / "page.html").read_text()
     assert capsys.readouterr().out.strip() == str(bench.folder / "page.html")
     with pytest.raises(UserError, match="No such file or directory; name a file that can be written"):
-        copy_report("tiny", bench.folder / "none" / "page.html")
+        report("tiny", bench.folder / "none" / "page.html")
 
 
 def test_report_of_an_unfinished_run_says_so(bench: "Bench") -> None:
     bench.run(suspend=True)
     with pytest.raises(UserError, match="'tiny' has no report yet: its phase is Suspended"):
-        copy_report("tiny", bench.folder / "page.html")
+        report("tiny", bench.folder / "page.html")
+
+
+def test_logs_are_those_of_the_newest_attempt_unless_a_stage_is_named(
+    bench: "Bench", capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.misbehave(evaluate=["bug"])
+    bench.run()
+    show_log(None, None, follow=False)
+    newest = capsys.readouterr()
+    assert newest.err == "rlhf: tiny, evaluate, attempt 1\n"
+    path = bench.home.run_folder("tiny").path
+    (path / "ppo" / "1" / "stage.log").write_text("loss 0.5\n")
+    show_log("tiny", "ppo", follow=True)  # has ended: nothing to wait for
+    assert capsys.readouterr().out == "loss 0.5\n"
+    assert newest.out == (path / "evaluate" / "1" / "stage.log").read_text()
+    with pytest.raises(UserError, match="sft has not begun; these have: import-model"):
+        show_log("tiny", "sft", follow=False)
+    with pytest.raises(UserError, match="there is no such stage; use one of import-model,"):
+        show_log("tiny", "pppo", follow=False)
+
+
+def test_logs_are_followed_until_the_stage_ends(bench: "Bench") -> None:
+    bench.misbehave(reward=["slow"])
+    driver = bench.drive()
+    try:
+        bench.wait_for(lambda: "reward" in bench.began())
+        log = bench.home.run_folder("tiny").path / "reward" / "1" / "stage.log"
+        with subprocess.Popen([RLHF, "logs", "-f"], text=True, stdout=subprocess.PIPE) as logs:
+            assert logs.stdout is not None
+            with log.open("a") as more:
+                more.write("step 1\n")
+            while logs.stdout.readline() != "step 1\n":
+                assert logs.poll() is None
+            driver.terminate()
+            assert logs.wait(timeout=30) == 0
+    finally:
+        driver.terminate()
+        driver.communicate()
 
 
 def test_verify_finds_an_altered_file(bench: "Bench", capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,8 +294,8 @@ def test_generate_asks_for_the_model_and_the_policy_of_the_run(
 ) -> None:
     finish(bench)
     echo = [sys.executable, "-c", "import json, sys; print(json.dumps(sys.argv[1:]))"]
-    assert generate_from("tiny", ["a b", "c"], False, 9, 0.5, 3, True, command=echo) == 0
-    assert generate_from("tiny", ["a b"], True, 9, 0.5, 3, False, command=echo) == 0
+    assert generate("tiny", ["a b", "c"], False, 9, 0.5, 3, True, command=echo) == 0
+    assert generate("tiny", ["a b"], True, 9, 0.5, 3, False, command=echo) == 0
     both, before = map(json.loads, capfd.readouterr().out.splitlines())
     options = dict(zip(both[::2], both[1::2], strict=False))
     assert options["--model"].startswith("model/")
@@ -253,4 +309,4 @@ def test_generate_asks_for_the_model_and_the_policy_of_the_run(
 def test_generate_needs_a_policy(bench: "Bench") -> None:
     bench.run(suspend=True)
     with pytest.raises(UserError, match="has no model yet"):
-        generate_from("tiny", ["a"], False, 9, 0.5, 3, True)
+        generate("tiny", ["a"], False, 9, 0.5, 3, True)
