@@ -47,7 +47,7 @@ put_on_nodes() { # put_on_nodes NAME BUILT-TAG [SELECTOR]: on every node that ta
     id=${id#sha256:}
     reference=localhost/rlhf-$name:${id:0:12}
     for node in $(kubectl get nodes --selector "$selector" -o 'jsonpath={.items[*].metadata.name}'); do
-        "$engine" exec "$node" ctr --namespace k8s.io images ls --quiet | grep -qx "$reference" || missing+=("$node")
+        "$engine" exec "$node" ctr --namespace k8s.io images ls --quiet | grep -x "$reference" >/dev/null || missing+=("$node")
     done
     if [ ${#missing[@]} -gt 0 ]; then
         say "$reference to ${missing[*]}"

@@ -78,7 +78,7 @@ make_archives() {
     cp "$bin/kubectl" "$here/node/network.sh" "$folders/pod-network/usr/local/bin/"
     chmod +x "$folders/pod-network/usr/local/bin/network.sh"
     cp "$rootfs/bin/busybox" "$folders/pod-network/bin/"
-    for component in sh ip sleep cat mv; do ln -sf busybox "$folders/pod-network/bin/$component"; done
+    for component in sh ip sleep cat mv cmp; do ln -sf busybox "$folders/pod-network/bin/$component"; done
     archive pod-network localhost/pod-network:1 /bin/sh /usr/local/bin/network.sh
     mkdir -p "$folders/local-path"/{usr/local/bin,bin,etc,tmp}
     cp "$bin/local-path-provisioner" "$folders/local-path/usr/local/bin/"

@@ -31,7 +31,7 @@ from rlhf_store.artifacts import Manifest, open_artifacts
 # Imported when run: each brings its own heavy libraries.
 PROGRAMS: dict[Program, str] = {
     "import-model": "rlhf_pipeline.importing:import_model",
-    "import-data": "rlhf_pipeline.importing:import_data",
+    "import-data": "rlhf_pipeline.data:import_table",  # without torch, which takes longer than most tables
     "sft": "rlhf_pipeline.sft:run",
     "merge": "rlhf_pipeline.merge:run",
     "reward": "rlhf_pipeline.reward:run",
@@ -158,4 +158,7 @@ def _checked(metrics: dict[str, float], stage: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)  # the result is written: taking torch apart takes a second and can only go wrong

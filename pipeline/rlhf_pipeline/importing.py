@@ -1,4 +1,4 @@
-"""Brings the model and the tables of a run into the store, checked, so that later stages need no internet."""
+"""Brings the model of a run into the store, checked, so that later stages need no internet."""
 
 import json
 import shutil
@@ -110,10 +110,3 @@ def _readable(model: Model, load: Callable[[], Any]) -> Any:
         return load()
     except (ValueError, OSError, KeyError) as error:
         raise UserError(f"model.source: {model.source} has no tokenizer that transformers can read: {error}") from error
-
-
-def import_data(stage: Stage) -> dict[str, float]:
-    """Write train.parquet, heldout.parquet and the report of one table. Returns the numbers of rows."""
-    from rlhf_pipeline.data import import_table
-
-    return import_table(stage)

@@ -327,3 +327,12 @@ def test_the_encoder_gives_the_ids_of_transformers(tmp_path: Path) -> None:
     ids = Encoder(folder).encode(lines)
     assert ids == AutoTokenizer.from_pretrained(folder)(lines)["input_ids"]
     assert Encoder(folder).decode(ids)[:2] == lines[:2]
+
+
+def test_a_table_needs_no_torch(imports: Imports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "torch.py").write_text("raise ImportError('torch takes longer to import than this table')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "none"))
+    monkeypatch.setitem(OUTPUTS, "import-data", "sft-data")
+    config = imports.runs.config("import-data", {"model": imports.model}, sft_data=SFTData(source=imports.table(ROWS)))
+    assert imports.runs.start(config).wait(60) == 0

@@ -24,12 +24,15 @@ C
     mv $config.new $config
 }
 
+pause=1 # seconds between looks: fewer while no node comes or goes
 while :; do
     nodes='{range .items[*]}{.metadata.name} {.status.addresses[?(@.type=="InternalIP")].address} {.spec.podCIDR}{"\n"}{end}'
     kubectl get nodes -o "jsonpath=$nodes" >/tmp/nodes || { sleep 2; continue; }
+    if cmp -s /tmp/nodes /tmp/known; then [ $pause -ge 30 ] || pause=$((pause * 2)); else pause=1; fi
     while read -r name address range; do
         [ -n "$range" ] || continue
         if [ "$name" = "$NODE" ]; then configure "$range"; else ip route replace "$range" via "$address"; fi
     done </tmp/nodes
-    sleep 5
+    mv /tmp/nodes /tmp/known
+    sleep $pause
 done
