@@ -23,6 +23,7 @@ COLUMNS: Final = (
     ("Phase", "string", ".status.phase"),
     ("Stage", "string", ".status.stage"),
     ("Progress", "string", ".status.progress"),
+    ("ETA", "string", ".status.eta"),
     ("Reward", "number", ".status.reward"),
     ("Age", "date", ".metadata.creationTimestamp"),
 )
@@ -62,6 +63,8 @@ def transition_rules() -> list[Schema]:
         if name in MUTABLE:
             continue
         rule, message = f"self.{name} == oldSelf.{name}", "cannot be changed; apply a run of another name"
+        if field.default is None:  # it may be absent, which CEL does not compare
+            rule = f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || {rule})"
         if name in MUTABLE_WHILE_SUSPENDED:
             rule, message = f"{rule} || oldSelf.suspend", "can be changed while suspend is true only"
         rules.append(

@@ -64,6 +64,8 @@ def misfits(spec: RunSpec, shape: ModelShape) -> list[Problem]:
 
 
 def _reward_is_trained(spec: RunSpec) -> bool:
+    if spec.fork_from is not None and spec.fork_from.stage in ("reward", "ppo"):
+        return False
     return spec.reward.classifier is None and spec.reward.function is None
 
 
@@ -321,7 +323,8 @@ RULES: Final[tuple[Rule, ...]] = (
         "data.preferences",
         "is needed to train the reward; add it, or set reward.classifier or reward.function",
         lambda spec: spec.data.preferences is not None or not _reward_is_trained(spec),
-        "has(self.data.preferences) || has(self.reward.classifier) || has(self.reward.__function__)",
+        "has(self.data.preferences) || has(self.reward.classifier) || has(self.reward.__function__)"
+        " || (has(self.forkFrom) && self.forkFrom.stage in ['reward', 'ppo'])",
         lambda _: "is missing and the reward is trained on it; add it, or set reward.classifier or reward.function",
     ),
     Rule(

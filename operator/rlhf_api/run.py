@@ -329,6 +329,18 @@ class ObjectStore(Section):
     credentials_secret: Name | None = Field(None, description="Secret with the access and the secret key.")
 
 
+class Fork(Section):
+    """Another run, of the same namespace and store, whose artifacts this one takes over as they are."""
+
+    run: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,50}[a-z0-9])?$", max_length=52)] = Field(
+        description="Name of the other run. This one waits until it is there and has that stage done."
+    )
+    stage: Literal["import-model", "sft", "merge", "reward", "ppo"] = Field(
+        description="The last stage to take over, with all that it was made from. "
+        "What this spec says of those stages is not read."
+    )
+
+
 class Tracking(Section):
     """Optional experiment trackers; TensorBoard files are always written."""
 
@@ -352,6 +364,7 @@ class RunSpec(Section):
     placement: Placement = Field(default_factory=Placement)
     object_store: ObjectStore = Field(default_factory=ObjectStore)
     tracking: Tracking = Field(default_factory=Tracking)
+    fork_from: Fork | None = Field(None, description="Take over another run's artifacts up to one of its stages.")
     seed: Natural = Field(0, description="Seed of everything random.")
     suspend: bool = Field(False, description="Stop after the current checkpoint and wait.")
     active_deadline_seconds: Positive | None = Field(
@@ -419,6 +432,7 @@ class RunStatus(Section):
     phase: Phase = "Pending"
     stage: str | None = Field(None, description="The stage that runs, or is next.")
     progress: str | None = Field(None, description="Of that stage: step/total.")
+    eta: str | None = Field(None, description="Of that stage: the time left by its pace so far, such as 12 min.")
     reward: float | None = Field(None, description="The last figure of the reward in ppo.")
     observed_generation: int | None = None
     asked_at: str | None = Field(
@@ -426,6 +440,10 @@ class RunStatus(Section):
     )
     suspend: bool = Field(False, description="What spec.suspend was when the run was last looked at.")
     store: StoreStatus | None = Field(None, description="Where the artifacts are.")
+    taken: dict[str, str] = Field(
+        default_factory=dict,
+        description="Of spec.forkFrom: stage to kind/digest, as first seen; empty where that run skipped the stage.",
+    )
     conditions: list[Condition] = Field(default_factory=list)
     stages: list[StageStatus] = Field(default_factory=list)
     budget: list[dict[str, Any]] = Field(default_factory=list)

@@ -11,6 +11,7 @@ from rlhf_api.errors import UserError
 from rlhf_api.package_source import package_path
 from rlhf_api.run import RLHFRun
 from rlhf_api.stage import StageSettings
+from rlhf_operator.forks import stages_taken
 from rlhf_operator.stages import chain
 
 SETTLED_SECONDS = 2.0  # a file changed more recently may change again within one tick of its clock
@@ -25,9 +26,10 @@ def fingerprints(run: RLHFRun, cache: Path) -> dict[str, str]:
     known = _read_cache(cache)
     kept: dict[str, list[int | str]] = {}
     found = {}
+    taken = stages_taken(run)
     for link in chain(run, {}):
         field, source = _source(link.settings)
-        if link.skipped is None and source and (path := _local_path(field, source)):
+        if link.skipped is None and link.name not in taken and source and (path := _local_path(field, source)):
             found[link.name] = _fingerprint(path, known, kept)
     if kept != known:
         cache.parent.mkdir(parents=True, exist_ok=True)

@@ -15,9 +15,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
+from rlhf_api.errors import UserError
 from rlhf_api.run import Phase, RLHFRun, RunStatus
 from rlhf_api.stage import StoreConfig
 from rlhf_operator.fingerprints import fingerprints
+from rlhf_operator.forks import forked
 from rlhf_operator.plan import Attempt, Observed, Plan, Start, Stop, plan
 from rlhf_operator.processes import Process
 from rlhf_operator.run_folder import RunFolder
@@ -48,6 +50,15 @@ class Home:
     @property
     def fingerprint_cache(self) -> Path:
         return self.path / "fingerprints.json"
+
+    def forked(self, run: RLHFRun) -> RLHFRun:
+        """The run with what it takes over from another one of this folder. Raises UserError if that is not there."""
+        if run.spec.fork_from is None:
+            return run
+        found, hold = forked(run, self.run_folder(run.spec.fork_from.run).status())
+        if hold is not None:
+            raise UserError(hold.message)
+        return found
 
     def default_store(self) -> StoreConfig:
         """The store below this folder."""
@@ -160,6 +171,7 @@ class LocalRunner:
         self._asked_at = self.clock()
         for stage in STAGES:
             self.folder.end_orphans(stage.name, self.clock())
+        self.run_resource = self._home.forked(self.run_resource)
         self._fingerprints = fingerprints(self.run_resource, self._home.fingerprint_cache)
         self.folder.write_request(self.run_resource, self.store)
 

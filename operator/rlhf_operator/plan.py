@@ -16,6 +16,7 @@ from rlhf_api.run import RLHFRun, RunStatus, StageState, StageStatus
 from rlhf_api.stage import Progress, StageFailure, StageResult
 from rlhf_operator import conditions
 from rlhf_operator.conditions import Hold, stamp, unix_time
+from rlhf_operator.figures import duration
 from rlhf_operator.memory_check import MemoryCheck, check_memory
 from rlhf_operator.stages import Fingerprints, Link, chain
 
@@ -82,6 +83,8 @@ class Observed:
     """Stage -> why no attempt of it can ever be made, such as a pod template that makes no pod."""
     held: Mapping[str, Hold] = field(default_factory=dict)
     """Stage -> why no attempt of it could be made now, such as a quota."""
+    fork: Hold | None = None
+    """Why what spec.forkFrom names cannot be taken over yet; nothing starts until it is."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ def plan(run: RLHFRun, observed: Observed, now: float) -> Plan:
     invalid, memory = _invalid(run, views, observed), _memory(run, views, observed)
     why = _why_failed(run, views, failures, invalid, memory, observed.asked_at, now)
     halted = why is not None or run.spec.suspend
-    blocked = halted or observed.store_problem is not None
+    blocked = halted or observed.store_problem is not None or observed.fork is not None
     retry_at = {view.link.name: time for view in views if view.pending and (time := _retry_at(view)) is not None}
 
     actions: list[Start | Stop | Delete] = []
@@ -177,6 +180,8 @@ def plan(run: RLHFRun, observed: Observed, now: float) -> Plan:
         phase=phase,
         stage=current.name if current else None,
         progress=current.progress if current else None,
+        eta=_eta(views, current.name) if current else None,
+        taken=run.status.taken if run.status else {},
         reward=next((stage.metrics.get("reward") for stage in stages if stage.name == "ppo"), None),
         observed_generation=run.metadata.generation,
         asked_at=stamp(observed.asked_at) if observed.asked_at else None,
@@ -247,7 +252,7 @@ def _views(run: RLHFRun, observed: Observed) -> list[_View]:
             _View(
                 link=link,
                 needed=link.name in needed,
-                exists=str(link.output) in observed.artifacts,
+                exists=str(link.output) in observed.artifacts or (link.taken and not observed.store_asked),
                 ready=all(str(ref) in observed.artifacts for ref in link.inputs.values()),
                 attempts=attempts,
                 counted=[a for a in attempts if a.digest == digest and a.started >= observed.asked_at],
@@ -305,6 +310,8 @@ def _hold(views: Sequence[_View], observed: Observed) -> Hold | None:
     """What keeps the run waiting: the store, or the first stage that cannot run yet."""
     if observed.store_problem is not None:
         return Hold("StoreUnavailable", observed.store_problem)
+    if observed.fork is not None:
+        return observed.fork
     for view in views:
         held = view.running.held if view.running else view.held if view.pending else None
         if held:
@@ -372,6 +379,9 @@ def _final_failure(view: _View) -> StageFailure | None:
     """The failure that ends the run, or None: its class is not retried, or it was retried often enough."""
     if view.pending and view.refused is not None:
         return StageFailure(failure="user", message=view.refused)
+    if view.pending and view.link.taken and view.store_known:
+        gone = f"{view.link.output}, taken over by spec.forkFrom, is not in the store any more"
+        return StageFailure(failure="user", message=f"{gone}; apply a run of another name, without forkFrom")
     if not view.pending or not (failures := _failures(view)):
         return None
     last = failures[-1]
@@ -447,6 +457,15 @@ def _state(
         limit = MAX_ATTEMPTS.get(last.failure.failure, 1)
         return "Waiting", f"attempt {last.number} failed, at most {limit} are made: {last.failure.message}"
     return "Waiting", None
+
+
+def _eta(views: Sequence[_View], stage: str) -> str | None:
+    """The time that the stage has left as it last said, coarsely: status is not written for every second."""
+    running = next((view.running for view in views if view.link.name == stage), None)
+    seconds = running.progress.eta_seconds if running and running.progress else None
+    if seconds is None:
+        return None
+    return duration(seconds) if seconds < 60 else duration(seconds - seconds % 60).replace(" 00 s", "")
 
 
 def _metrics(view: _View, observed: Observed, last: Attempt | None) -> dict[str, float]:

@@ -12,6 +12,7 @@ from rlhf_api.errors import UserError
 from rlhf_api.names import EXIT_USER
 from rlhf_operator.display import console
 from rlhf_operator.fingerprints import fingerprints
+from rlhf_operator.forks import stages_taken
 from rlhf_operator.load import load_run
 from rlhf_operator.local import observe_store
 from rlhf_operator.place import chosen_store, home
@@ -36,7 +37,8 @@ def validate_file(file: Path, as_json: bool) -> int:
             raise
         print(json.dumps({"valid": False, "problems": str(error).splitlines()}))
         return EXIT_USER
-    stages = [link.name for link in chain(run, {}) if link.skipped is None]
+    taken = stages_taken(run)
+    stages = [link.name for link in chain(run, {}) if link.skipped is None and link.name not in taken]
     if as_json:
         print(json.dumps({"valid": True, "name": run.metadata.name, "stages": stages}))
     else:
@@ -46,7 +48,7 @@ def validate_file(file: Path, as_json: bool) -> int:
 
 def plan_file(file: Path, store_url: str | None, endpoint: str | None, as_json: bool) -> None:
     """Print what `rlhf run` would do with each stage."""
-    run = load_run(file)
+    run = home().forked(load_run(file))
     store = chosen_store(store_url, endpoint, run)
     known = fingerprints(run, home().fingerprint_cache)
     links = chain(run, known)

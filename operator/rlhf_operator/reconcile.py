@@ -19,6 +19,7 @@ from rlhf_api.run import RLHFRun, RunStatus
 from rlhf_api.stage import Progress
 from rlhf_operator.attempts import attempts_of
 from rlhf_operator.conditions import Hold
+from rlhf_operator.forks import forked
 from rlhf_operator.jobs import stage_job
 from rlhf_operator.kubernetes_api import AlreadyExists, Denied, Invalid
 from rlhf_operator.operator_settings import OperatorSettings
@@ -111,8 +112,9 @@ class Reconciler:
                 self.acted("delete")
             return rest.wake_at
         memory = self._memory(uid, run.metadata.generation)
+        run, fork = self._forked(run)
         jobs = [job for job in self._cluster.jobs(namespace, name) if _owner(job) == uid]
-        observed = self._observe(run, jobs, memory, now)
+        observed = self._observe(run, fork, jobs, memory, now)
         decided = plan(run, observed, now)
         # Published first: the time it was asked for must be known before an attempt is counted against it.
         place = self._settings.place_of(run.spec.object_store)
@@ -122,7 +124,19 @@ class Reconciler:
             return now
         return min([decided.wake_at or now + RESYNC_SECONDS, self._next_look(decided, now)])
 
-    def _observe(self, run: RLHFRun, jobs: list[Document], memory: _Memory, now: float) -> Observed:
+    def _forked(self, run: RLHFRun) -> tuple[RLHFRun, Hold | None]:
+        """The run with what it takes over from another one; or why it has to wait for that."""
+        if run.spec.fork_from is None:
+            return run, None
+        document = self._cluster.run(run.metadata.namespace or "default", run.spec.fork_from.run)
+        source = (_status_in(document) or RunStatus()) if document else None
+        mine = self._settings.place_of(run.spec.object_store)
+        if source is not None and source.store is not None and source.store.url != mine.url:
+            where = f"spec.forkFrom.run: {run.spec.fork_from.run} keeps its artifacts in {source.store.url}"
+            return run, Hold("ForkSourceElsewhere", f"{where}, this run in {mine.url}; give both one spec.objectStore")
+        return forked(run, source)
+
+    def _observe(self, run: RLHFRun, fork: Hold | None, jobs: list[Document], memory: _Memory, now: float) -> Observed:
         pods = self._cluster.pods(run.metadata.namespace or "default", run.metadata.name)
         mine = {job["metadata"]["uid"] for job in jobs}
         pods = [pod for pod in pods if _owner(pod) in mine]
@@ -139,6 +153,7 @@ class Reconciler:
             store_asked=store.asked,
             refused=dict(memory.refused),
             held=dict(memory.held),
+            fork=fork,
         )
 
     def _ask_pods(self, pods: list[Document], memory: _Memory, now: float) -> None:

@@ -46,6 +46,8 @@ class Link:
     inputs: dict[str, ArtifactRef]
     output: ArtifactRef
     skipped: str | None = None
+    taken: bool = False
+    """Its artifact is another run's, and never made here."""
 
     @property
     def name(self) -> str:
@@ -73,7 +75,9 @@ def chain(run: RLHFRun, fingerprints: Fingerprints) -> list[Link]:
     """Every stage of the run in the order of the table, skipped ones included, with each artifact's address.
 
     Where sft is skipped, `model` stands for `merged-model`; an input that a skipped stage would have made is absent.
+    What the run's status says was taken over from another run stands in place of what the spec would make.
     """
+    taken = run.status.taken if run.status else {}
     links: list[Link] = []
     made: dict[ArtifactKind, ArtifactRef] = {}
     for stage in STAGES:
@@ -83,10 +87,18 @@ def chain(run: RLHFRun, fingerprints: Fingerprints) -> list[Link]:
         settings = stage.settings(run.spec, fingerprints.get(stage.name))
         output = ArtifactRef(kind=stage.output, digest=stage_digest(stage.program, settings, inputs))
         skipped = stage.skipped(run.spec)
-        links.append(Link(stage, settings, inputs, output, skipped))
+        if (over := taken.get(stage.name)) is not None:
+            skipped = None if over else f"the run {run.spec.fork_from.run if run.spec.fork_from else ''} has none"
+            output = _reference(over) if over else output
+        links.append(Link(stage, settings, inputs, output, skipped, bool(over)))
         if skipped is None:
             made[stage.output] = output
     return links
+
+
+def _reference(text: str) -> ArtifactRef:
+    kind, _, digest = text.partition("/")
+    return ArtifactRef.model_validate({"kind": kind, "digest": digest})
 
 
 def _no_sft(spec: RunSpec) -> str | None:

@@ -56,6 +56,7 @@ class StoreView:
         # Asked again when an attempt has ended, which may have committed something, or when the run has changed.
         token = (
             run.metadata.generation,
+            run.status.taken if run.status else {},
             [(stage, a.number) for stage in attempts for a in attempts[stage] if a.finished],
         )
         with self._lock:

@@ -119,7 +119,7 @@ def test_names_columns_and_status() -> None:
     [version] = document["spec"]["versions"]
     assert version["subresources"] == {"status": {}}
     assert [column["name"] for column in version["additionalPrinterColumns"]] == [
-        "Phase", "Stage", "Progress", "Reward", "Age",
+        "Phase", "Stage", "Progress", "ETA", "Reward", "Age",
     ]  # fmt: skip
     for column in version["additionalPrinterColumns"][:-1]:
         _, section, field = column["jsonPath"].split(".")
