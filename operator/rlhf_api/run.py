@@ -333,7 +333,7 @@ class Fork(Section):
     """Another run, of the same namespace and store, whose artifacts this one takes over as they are."""
 
     run: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,50}[a-z0-9])?$", max_length=52)] = Field(
-        description="Name of the other run. This one waits until it is there and has that stage done."
+        description="Name of the other run: lower-case letters, digits and hyphens. It is waited for."
     )
     stage: Literal["import-model", "sft", "merge", "reward", "ppo"] = Field(
         description="The last stage to take over, with all that it was made from. "

@@ -7,7 +7,8 @@ import yaml
 
 from rlhf_api.budget import budget, shape_of
 from rlhf_api.names import LABEL_QUEUE
-from rlhf_api.run import RLHFRun
+from rlhf_api.run import RLHFRun, RunStatus, StageStatus
+from rlhf_operator.forks import forked
 from rlhf_operator.load import load_run
 from rlhf_operator.stages import chain
 
@@ -46,8 +47,12 @@ def test_the_demo_runs_on_a_cpu_from_packages_and_is_judged_by_what_training_nev
     }
 
 
-def test_the_fork_shares_every_artifact_before_ppo() -> None:
-    links = zip(chain(example("positive-reviews"), {}), chain(example("fork"), {}), strict=True)
+def test_the_fork_runs_ppo_and_evaluate_alone() -> None:
+    made = chain(example("positive-reviews"), {})
+    done = [StageStatus(name=link.name, state="Succeeded", artifact=str(link.output)) for link in made]
+    fork, hold = forked(example("fork"), RunStatus(stages=done))
+    assert hold is None
+    links = zip(made, chain(fork, {}), strict=True)
     assert [ours.name for ours, theirs in links if ours.output != theirs.output] == ["ppo", "evaluate"]
 
 
