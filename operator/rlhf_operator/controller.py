@@ -37,20 +37,27 @@ log = logging.getLogger("rlhf_operator")
 class Controller:
     """One operator. Of one event loop; `heard`, `start` and `stop` are called in it."""
 
-    def __init__(self, settings: OperatorSettings, api: KubernetesApi, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        settings: OperatorSettings,
+        api: KubernetesApi,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._settings, self._clock = settings, clock
         self.seen = Seen()
         self.metrics = OperatorMetrics()
         self.queue = WorkQueue(clock)
-        self.leadership = Leadership(api, settings.namespace, settings.identity)
+        self.leadership = Leadership(api, settings.namespace, settings.identity, monotonic)
         self._cluster = KubernetesCluster(api, self.seen, settings.watch_namespaces, self.leadership.check)
         self._reconciler = Reconciler(self._cluster, settings, StoreView(settings), clock)
         self._reconciler.acted = lambda action: self.metrics.actions.labels(action).inc()
         self._threads = ThreadPoolExecutor(settings.workers + 2, thread_name_prefix="reconcile")
         self._tasks: list[asyncio.Task[None]] = []
         self._ticked = self._finished = clock()
-        self._everything = asyncio.Event()  # asks for a list of everything, and a look at every run
         self._listed = asyncio.Event()
+        self._leads = asyncio.Event()  # may lag: who waits for it asks `leadership` again
+        self._doubt = asyncio.Event()  # asks for a list of everything
 
     def start(self) -> None:
         """Begin to work; returns at once."""
@@ -71,12 +78,12 @@ class Controller:
             log.warning("the Lease was not released: %s", error)
 
     def heard(self, kind: Kind, change: str | None, document: Document) -> None:
-        """Take in one event of a watch."""
+        """Take in one event of a watch. Also while another operator leads: the run waits in the queue."""
         if change == "DELETED":
             self.seen.drop(kind, document)
         else:
             self.seen.put(kind, document)
-        if self.leadership.leads and (key := run_of(kind, document)):
+        if key := run_of(kind, document):
             self.queue.add(key)
 
     def health(self) -> dict[str, Any]:
@@ -95,10 +102,7 @@ class Controller:
     async def _work(self) -> None:
         await self._listed.wait()  # with half of the Jobs seen, a status would be half true
         while True:
-            key = await self.queue.take()
-            if not self.leadership.leads:  # everything is looked at when it leads again
-                self.queue.done(key, None)
-                continue
+            key = await self._next()
             try:
                 with self.metrics.reconcile_seconds.time():
                     again_at = await self._in_thread(partial(self._reconciler.reconcile, *key))
@@ -112,20 +116,31 @@ class Controller:
                 self.queue.done(key, again_at)
             self._finished = self._clock()
 
+    async def _next(self) -> Key:
+        """The next run, once this operator leads. No run is passed over: it may never be heard of again."""
+        while True:
+            key = await self.queue.take()
+            if self.leadership.leads:
+                return key
+            self.queue.done(key, self._clock())
+            self._leads.clear()
+            await self._leads.wait()
+
     async def _lead(self) -> None:
-        led = False
+        led, term = False, 0
         while True:
             try:
-                leads = await self._in_thread(self.leadership.tick)
+                await self._in_thread(self.leadership.tick)
             except RLHFError as error:
                 log.warning("the Lease could not be renewed: %s", error)
-                leads = self.leadership.leads
             self._ticked = self._clock()
+            if leads := self.leadership.leads:
+                self._leads.set()
             if leads != led:
                 log.info("%s %s", self.leadership.identity, "leads" if leads else "waits for the Lease")
-                if leads:
-                    self._everything.set()
-            led = leads
+            if self.leadership.term != term and self._listed.is_set():
+                self._doubt.set()  # whatever kept it from renewing may have kept events from coming
+            led, term = leads, self.leadership.term
             self.metrics.leads.set(leads)
             self.metrics.queue_depth.set(self.queue.depth)
             self.metrics.count_runs(filter(None, map(self.seen.run, self.seen.runs())))
@@ -134,23 +149,18 @@ class Controller:
     async def _relist(self) -> None:
         """Read everything now and then, so that an event which a watch missed matters for minutes only."""
         while True:
-            pause = RELIST_SECONDS if self._listed.is_set() else RELIST_RETRY_SECONDS
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._everything.wait(), pause)
-            every = self._everything.is_set()
+            self._doubt.clear()  # before the list: doubts that come up meanwhile ask for another one
             try:
-                changed: list[Key] = []
                 for kind in KINDS:
-                    changed += await self._in_thread(partial(self._cluster.list_all, kind))
+                    for key in await self._in_thread(partial(self._cluster.list_all, kind)):
+                        self.queue.add(key)
             except RLHFError as error:
                 log.warning("%s", error)
                 await asyncio.sleep(RELIST_RETRY_SECONDS)
                 continue
-            self._everything.clear()
             self._listed.set()
-            if self.leadership.leads:
-                for key in self.seen.runs() if every else changed:
-                    self.queue.add(key)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._doubt.wait(), RELIST_SECONDS)
 
     async def _in_thread[T](self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)

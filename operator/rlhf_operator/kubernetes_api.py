@@ -71,13 +71,14 @@ class KubernetesApi:
         body: Document | None = None,
         query: Mapping[str, str] | None = None,
         patch: str = MERGE_PATCH,
+        timeout: urllib3.Timeout = TIMEOUT,
     ) -> Document:
         """Send one request; returns the document that came back. `patch`: what a PATCH is.
 
         Raises ApiError, of the class that fits the answer, or Invalid.
         """
         content = patch if method == "PATCH" else "application/json"
-        response = self._send(method, path, body, query, {"Content-Type": content}, TIMEOUT, preload_content=True)
+        response = self._send(method, path, body, query, {"Content-Type": content}, timeout, preload_content=True)
         document: Document = json.loads(response.data)
         return document
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Final, Protocol
 
+import urllib3
+
 from rlhf_api.names import OPERATOR_NAME
 from rlhf_operator.kubernetes_api import AlreadyExists, ApiError, Conflict, NotFound
 from rlhf_operator.pod_template import Document
@@ -14,12 +16,16 @@ from rlhf_operator.pod_template import Document
 LEASE_SECONDS: Final = 15.0  # after which a silent leader may be followed
 RENEW_WITHIN: Final = 10.0  # a leader that could not renew for so long stops acting; less than the above
 TICK_SECONDS: Final = 3.0
+# For an answer: after one that does not come there is time to ask again, by another connection.
+TIMEOUT: Final = urllib3.Timeout(total=RENEW_WITHIN / 2)
 
 
 class Requests(Protocol):
     """What is needed of the API server."""
 
-    def request(self, method: str, path: str, body: Document | None = None) -> Document:
+    def request(
+        self, method: str, path: str, body: Document | None = None, *, timeout: urllib3.Timeout = TIMEOUT
+    ) -> Document:
         """Send one request. Raises ApiError, of the class that fits the answer."""
 
 
@@ -38,6 +44,7 @@ class Leadership:
         self._folder = f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases"
         self._namespace = namespace
         self._lock = threading.Lock()
+        self.term = 0  # how often it has begun to lead
         self._renewed: float | None = None
         self._seen: tuple[str, float] | None = None  # the last version of another's Lease, and when it was new
 
@@ -45,7 +52,7 @@ class Leadership:
     def leads(self) -> bool:
         """Whether this operator may act now."""
         with self._lock:
-            return self._renewed is not None and self._monotonic() - self._renewed < RENEW_WITHIN
+            return self._holds()
 
     def check(self) -> None:
         """Raises ApiError unless this operator leads."""
@@ -54,34 +61,34 @@ class Leadership:
 
     def tick(self) -> bool:
         """Renew the Lease, or take it if it is free; returns whether this operator leads. Raises ApiError."""
-        began = self._monotonic()
         try:
-            lease = self._api.request("GET", f"{self._folder}/{OPERATOR_NAME}")
+            lease = self._request("GET", f"{self._folder}/{OPERATOR_NAME}")
         except NotFound:
-            return self._create(began)
+            return self._create()
         if not self._may_hold(lease):
             self._lose()
             return False
+        began = self._monotonic()
         changed = {**lease, "spec": self._spec(lease)}
         try:
-            self._api.request("PUT", f"{self._folder}/{OPERATOR_NAME}", changed)
+            self._request("PUT", f"{self._folder}/{OPERATOR_NAME}", changed)
         except Conflict:  # somebody was faster
             self._lose()
             return False
         self._win(began)
-        return True
+        return self.leads
 
     def release(self) -> None:
         """Let the next operator lead at once. Raises ApiError."""
         if not self.leads:
             return
         self._lose()
-        lease = self._api.request("GET", f"{self._folder}/{OPERATOR_NAME}")
+        lease = self._request("GET", f"{self._folder}/{OPERATOR_NAME}")
         if lease["spec"].get("holderIdentity") == self.identity:
             freed = {**lease, "spec": lease["spec"] | {"holderIdentity": ""}}
-            self._api.request("PUT", f"{self._folder}/{OPERATOR_NAME}", freed)
+            self._request("PUT", f"{self._folder}/{OPERATOR_NAME}", freed)
 
-    def _create(self, began: float) -> bool:
+    def _create(self) -> bool:
         metadata = {"name": OPERATOR_NAME, "namespace": self._namespace}
         lease = {
             "apiVersion": "coordination.k8s.io/v1",
@@ -89,12 +96,13 @@ class Leadership:
             "metadata": metadata,
             "spec": self._spec({}),
         }
+        began = self._monotonic()
         try:
-            self._api.request("POST", self._folder, lease)
+            self._request("POST", self._folder, lease)
         except AlreadyExists:
             return False
         self._win(began)
-        return True
+        return self.leads
 
     def _may_hold(self, lease: Document) -> bool:
         holder = lease["spec"].get("holderIdentity")
@@ -119,9 +127,17 @@ class Leadership:
 
     def _win(self, began: float) -> None:
         with self._lock:
+            again = self._holds()
             self._renewed = began  # when it was asked for: the answer may have taken long
+            self.term += not again and self._holds()
         self._seen = None
 
     def _lose(self) -> None:
         with self._lock:
             self._renewed = None
+
+    def _holds(self) -> bool:
+        return self._renewed is not None and self._monotonic() - self._renewed < RENEW_WITHIN
+
+    def _request(self, method: str, path: str, body: Document | None = None) -> Document:
+        return self._api.request(method, path, body, timeout=TIMEOUT)

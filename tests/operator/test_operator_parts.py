@@ -122,7 +122,7 @@ class OneLease:
         self.version = 0
         self.away = False
 
-    def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def request(self, method: str, path: str, body: dict[str, Any] | None = None, **_: Any) -> dict[str, Any]:
         if self.away:
             raise ApiError("no answer")
         match method:
@@ -191,7 +191,7 @@ def test_two_that_ask_at_once_do_not_both_lead() -> None:
     old = dict(api.lease or {})
     assert second.tick()
     real = api.request
-    api.request = lambda method, path, body=None: old if method == "GET" else real(method, path, body)  # type: ignore[method-assign]
+    api.request = lambda method, path, body=None, **_: old if method == "GET" else real(method, path, body)  # type: ignore[method-assign]
     assert not first.tick()
 
 
