@@ -13,7 +13,7 @@ from rlhf_api.run import Metadata, RunSpec, RunStatus
 Schema = dict[str, Any]
 
 # Parts of the spec that may change: they decide where and whether stages run, never what an artifact means.
-MUTABLE: Final = ("suspend", "activeDeadlineSeconds", "ttlSecondsAfterFinished")
+MUTABLE: Final = ("suspend", "activeDeadlineSeconds", "ttlSecondsAfterFinished", "artifacts")
 MUTABLE_WHILE_SUSPENDED: Final = ("gpu", "placement", "tracking")
 
 ANY: Final[Schema] = {"x-kubernetes-preserve-unknown-fields": True}

@@ -18,6 +18,7 @@ LABEL_GPU_MEMORY: Final = f"{GROUP}/gpu-memory"
 LABEL_QUEUE: Final = "kueue.x-k8s.io/queue-name"  # of a run, handed on to its Jobs
 ANNOTATION_DIGEST: Final = f"{GROUP}/digest"  # of the artifact that a Job makes
 ANNOTATION_ASKED: Final = f"{GROUP}/asked-at"  # Unix time at which the run was asked for when the Job was created
+FINALIZER: Final = f"{GROUP}/artifacts"  # of a run whose artifacts are deleted with it
 ANNOTATION_STOPPED: Final = f"{GROUP}/stopped-at"  # on a Job that was told to stop
 
 # What every Job and pod of a stage carries, besides the run, the stage and the attempt.
@@ -28,6 +29,10 @@ STAGE_LABELS: Final = {
     "app.kubernetes.io/managed-by": OPERATOR_NAME,
     "app.kubernetes.io/component": STAGE_COMPONENT,
 }
+STAGE_NAMES: Final = (  # in the order of the chain
+    "import-model", "import-sft", "import-preferences", "import-prompts", "import-evaluation",
+    "sft", "merge", "reward", "ppo", "evaluate",
+)  # fmt: skip
 STAGE_CONTAINER: Final = "stage"
 STAGE_WORK: Final = "/work"
 TERMINATION_LOG: Final = "/dev/termination-log"

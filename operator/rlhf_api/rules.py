@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from rlhf_api.budget import ModelShape
+from rlhf_api.names import STAGE_NAMES
 from rlhf_api.run import Data, PreferenceData, RunSpec
 
 
@@ -262,7 +263,18 @@ def _below(path: str, limit: str, value: Callable[[RunSpec], Any], most: Callabl
     )
 
 
+def _unknown_stages(spec: RunSpec) -> list[str]:
+    return sorted(set(spec.placement.stage_pod_templates) - set(STAGE_NAMES))
+
+
 RULES: Final[tuple[Rule, ...]] = (
+    Rule(
+        "placement.stagePodTemplates",
+        f"names a stage that there is not; use {', '.join(STAGE_NAMES)}",
+        lambda spec: not _unknown_stages(spec),
+        f"self.placement.stagePodTemplates.all(name, name in {list(STAGE_NAMES)})",
+        lambda spec: f"there is no stage {_unknown_stages(spec)[0]}; use {', '.join(STAGE_NAMES)}",
+    ),
     _divides("sft", "microBatchSize", "batchSize"),
     _divides("reward", "microBatchSize", "batchSize"),
     _divides("ppo", "miniBatchSize", "batchSize"),

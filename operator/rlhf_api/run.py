@@ -317,7 +317,10 @@ class Placement(Section):
     tolerations: list[dict[str, Any]] = Field(
         default_factory=list, max_length=32, description="Taints the pods tolerate."
     )
-    pod_template: dict[str, Any] = Field(default_factory=dict, description="Strategic patch on the pod.")
+    pod_template: dict[str, Any] = Field(default_factory=dict, description="Strategic patch on every stage's pod.")
+    stage_pod_templates: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, max_length=16, description="Stage, such as ppo, to a patch on its pods, over podTemplate."
+    )
 
 
 class ObjectStore(Section):
@@ -327,6 +330,16 @@ class ObjectStore(Section):
     prefix: Name | None = Field(None, description="Key prefix inside the bucket.")
     endpoint: Name | None = Field(None, description="S3 endpoint URL.")
     credentials_secret: Name | None = Field(None, description="Secret with the access and the secret key.")
+
+
+class ArtifactPolicy(Section):
+    """What becomes of the run's artifacts."""
+
+    on_delete: Literal["Keep", "Delete"] = Field(
+        "Keep",
+        description="When the run is deleted. Keep: artifacts stay, and equal runs reuse them. "
+        "Delete: those that no other run of the cluster names are deleted first.",
+    )
 
 
 class Fork(Section):
@@ -365,6 +378,7 @@ class RunSpec(Section):
     object_store: ObjectStore = Field(default_factory=ObjectStore)
     tracking: Tracking = Field(default_factory=Tracking)
     fork_from: Fork | None = Field(None, description="Take over another run's artifacts up to one of its stages.")
+    artifacts: ArtifactPolicy = Field(default_factory=ArtifactPolicy)
     seed: Natural = Field(0, description="Seed of everything random.")
     suspend: bool = Field(False, description="Stop after the current checkpoint and wait.")
     active_deadline_seconds: Positive | None = Field(

@@ -82,6 +82,19 @@ class KubernetesCluster:
         written = self._api.request("PATCH", f"{_path_of('run', run)}/status", versioned)
         self._seen.put("run", written)
 
+    def runs(self) -> list[Document]:
+        return [run for key in self._seen.runs() if (run := self._seen.run(key))]
+
+    def set_finalizers(self, run: Document, finalizers: list[str]) -> None:
+        self._may_write()
+        metadata = {"resourceVersion": run["metadata"]["resourceVersion"], "finalizers": finalizers}
+        try:
+            written = self._api.request("PATCH", _path_of("run", run), {"metadata": metadata})
+        except NotFound:
+            return
+        if not written["metadata"].get("deletionTimestamp") or written["metadata"].get("finalizers"):
+            self._seen.put("run", written)
+
     def delete_run(self, run: Document) -> None:
         self._may_write()
         options = {"propagationPolicy": "Background", "preconditions": {"uid": run["metadata"]["uid"]}}

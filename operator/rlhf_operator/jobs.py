@@ -31,6 +31,7 @@ from rlhf_operator.pod_template import Document, overlaid
 from rlhf_operator.stages import Link
 
 TEMPLATE_PATH: Final = "spec.placement.podTemplate"
+STAGE_TEMPLATE_PATH: Final = "spec.placement.stagePodTemplates"
 MEMORY_VOLUME: Final = "shared-memory"
 FOLDERS: Final = {"work": STAGE_WORK, "tmp": "/tmp"}
 NO_GPU: Final = {"NVIDIA_VISIBLE_DEVICES": "void"}  # else NVIDIA's runtime shows every GPU of the node
@@ -81,16 +82,19 @@ def owner_reference(run: RLHFRun) -> Document:
 
 
 def _template(run: RLHFRun, link: Link, number: int, settings: OperatorSettings, labels: dict[str, str]) -> Document:
-    overlay = run.spec.placement.pod_template
-    if unknown := sorted(set(overlay) - {"metadata", "spec"}):
-        raise UserError(f"{TEMPLATE_PATH}.{unknown[0]}: unknown field; a pod template has metadata and spec")
-    if emptied := [name for name, value in overlay.items() if value is None]:
-        raise UserError(f"{TEMPLATE_PATH}.{emptied[0]}: is null; leave it out, or write what to change")
-    base = {"metadata": {"labels": labels}, "spec": _pod(run, link, number, settings)}
-    template = overlaid(base, overlay, TEMPLATE_PATH)
-    containers = [each for each in template["spec"].get("containers", []) if each["name"] == STAGE_CONTAINER]
-    if not containers:
-        raise UserError(f"{TEMPLATE_PATH}.spec.containers: has no {STAGE_CONTAINER}; leave that container in")
+    template: Document = {"metadata": {"labels": labels}, "spec": _pod(run, link, number, settings)}
+    overlays = {TEMPLATE_PATH: run.spec.placement.pod_template}
+    if (own := run.spec.placement.stage_pod_templates.get(link.name)) is not None:
+        overlays[f"{STAGE_TEMPLATE_PATH}.{link.name}"] = own
+    for path, overlay in overlays.items():
+        if unknown := sorted(set(overlay) - {"metadata", "spec"}):
+            raise UserError(f"{path}.{unknown[0]}: unknown field; a pod template has metadata and spec")
+        if emptied := [name for name, value in overlay.items() if value is None]:
+            raise UserError(f"{path}.{emptied[0]}: is null; leave it out, or write what to change")
+        template = overlaid(template, overlay, path)
+        containers = [each for each in template["spec"].get("containers", []) if each["name"] == STAGE_CONTAINER]
+        if not containers:
+            raise UserError(f"{path}.spec.containers: has no {STAGE_CONTAINER}; leave that container in")
     # What the operator itself relies on is not the overlay's to change.
     template["metadata"]["labels"] = template["metadata"].get("labels", {}) | labels
     template["spec"]["restartPolicy"] = "Never"

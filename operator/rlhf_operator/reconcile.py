@@ -13,12 +13,13 @@ from typing import Any, Final, Protocol
 from pydantic import ValidationError
 
 from rlhf_api.errors import UserError
-from rlhf_api.names import ANNOTATION_STOPPED, API_VERSION, KIND, LABEL_STAGE
+from rlhf_api.names import ANNOTATION_STOPPED, API_VERSION, FINALIZER, KIND, LABEL_STAGE
 from rlhf_api.parse import parse_run
-from rlhf_api.run import RLHFRun, RunStatus
+from rlhf_api.run import ObjectStore, RLHFRun, RunStatus
 from rlhf_api.stage import Progress
 from rlhf_operator.attempts import attempts_of
 from rlhf_operator.conditions import Hold
+from rlhf_operator.deletion import artifacts_of_none_but, finalizers, wants_cleaning, without_ours
 from rlhf_operator.forks import forked
 from rlhf_operator.jobs import stage_job
 from rlhf_operator.kubernetes_api import AlreadyExists, Denied, Invalid
@@ -54,6 +55,12 @@ class Cluster(Protocol):
     def write_status(self, run: Document, patch: Document) -> None:
         """Merge `patch` into the run's status. Raises Conflict if the run is not as it is in `run` any more."""
 
+    def runs(self) -> list[Document]:
+        """Every run that the operator serves."""
+
+    def set_finalizers(self, run: Document, finalizers: list[str]) -> None:
+        """Who has to agree before the run is gone. Raises Conflict if it is not as in `run` any more; not if gone."""
+
     def delete_run(self, run: Document) -> None:
         """Delete the run, and with it its Jobs. No error if it is gone."""
 
@@ -85,7 +92,7 @@ class Reconciler:
         self._lock = threading.Lock()
         self._memories: dict[str, _Memory] = {}
         self.acted: Callable[[str], None] = lambda _: None
-        """Told of each action: start, stop, delete, status, refused, held. For metrics."""
+        """Told of each action: start, stop, delete, cleaned, status, refused, held. For metrics."""
 
     def reconcile(self, namespace: str, name: str) -> float | None:
         """Look at a run once. Returns the Unix time to look again if nothing is heard before; None: never.
@@ -93,10 +100,12 @@ class Reconciler:
         Raises ApiError if the API server fails: look again soon.
         """
         document = self._cluster.run(namespace, name)
-        if document is None or document["metadata"].get("deletionTimestamp"):
+        if document is None:
             return None  # its Jobs go with it: they are owned
         now = self._clock()
         uid = document["metadata"]["uid"]
+        if document["metadata"].get("deletionTimestamp"):
+            return self._clean_up(document, now) if FINALIZER in finalizers(document) else None
         before = _status_in(document)
         try:
             run = _run_in(document, before)
@@ -104,6 +113,10 @@ class Reconciler:
             generation = document["metadata"].get("generation")
             self._publish(document, before, rejected(name, generation, str(error), before, now))
             return None
+        if wants_cleaning(run) != (FINALIZER in finalizers(document)):
+            wanted = [*finalizers(document), FINALIZER] if wants_cleaning(run) else without_ours(document)
+            self._cluster.set_finalizers(document, wanted)
+            return now  # there is a newer version of it now
         if (rest := at_rest(run, now)) is not None:
             self._forget(uid)
             self._publish(document, before, rest.status)
@@ -123,6 +136,33 @@ class Reconciler:
         if refused:
             return now
         return min([decided.wake_at or now + RESYNC_SECONDS, self._next_look(decided, now)])
+
+    def _clean_up(self, document: Document, now: float) -> float | None:
+        """End what still runs, delete the artifacts of this run alone, and let it go; returns when to look again."""
+        namespace, name = document["metadata"]["namespace"], document["metadata"]["name"]
+        uid = document["metadata"]["uid"]
+        jobs = {job["metadata"]["name"]: job for job in self._cluster.jobs(namespace, name) if _owner(job) == uid}
+        made = attempts_of(jobs.values(), self._cluster.pods(namespace, name), {}, now)
+        if alive := [attempt for each in made.values() for attempt in each if attempt.finished is None]:
+            for attempt in alive:
+                self._stop(jobs[attempt.job or ""], now)
+            return now + RESYNC_SECONDS
+        store = (document.get("spec") or {}).get("objectStore") or {}
+        try:
+            asked = ObjectStore.model_validate(store)
+        except ValidationError:  # it never was a run, and made nothing
+            asked = None
+        if asked is not None:
+            self._store.remove(asked, artifacts_of_none_but(document, self._cluster.runs()))
+        self._cluster.set_finalizers(document, without_ours(document))
+        self.acted("cleaned")
+        self._forget(uid)
+        return None
+
+    def _stop(self, job: Document, now: float) -> None:
+        if ANNOTATION_STOPPED not in job["metadata"].get("annotations", {}):
+            self._cluster.stop_job(job, now)
+            self.acted("stop")
 
     def _forked(self, run: RLHFRun) -> tuple[RLHFRun, Hold | None]:
         """The run with what it takes over from another one; or why it has to wait for that."""
@@ -193,10 +233,7 @@ class Reconciler:
         for action in decided.actions:
             if isinstance(action, Stop):
                 attempt = next(a for a in observed.attempts[action.stage] if a.number == action.number)
-                job = jobs[attempt.job or ""]
-                if ANNOTATION_STOPPED not in job["metadata"].get("annotations", {}):
-                    self._cluster.stop_job(job, now)
-                    self.acted("stop")
+                self._stop(jobs[attempt.job or ""], now)
             elif isinstance(action, Start):
                 news |= self._start(run, action, observed, memory)
         return news

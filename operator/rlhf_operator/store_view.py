@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from rlhf_api.errors import RLHFError
-from rlhf_api.run import RLHFRun, RunStatus
-from rlhf_api.stage import StoreConfig
+from rlhf_api.run import ObjectStore, RLHFRun, RunStatus
+from rlhf_api.stage import ArtifactRef, StoreConfig
 from rlhf_operator.local import observe_store
 from rlhf_operator.operator_settings import OperatorSettings
 from rlhf_operator.plan import Attempt
@@ -79,6 +79,13 @@ class StoreView:
         with self._lock:
             self._found[uid] = (token, found)
         return StoreSeen(found)
+
+    def remove(self, asked: ObjectStore, refs: Sequence[ArtifactRef]) -> None:
+        """Delete artifacts. Does nothing where only the stages have the credentials. Raises StoreError."""
+        if self._settings.can_ask(asked):
+            artifacts = self._opened(self._settings.store_of(asked))
+            for ref in refs:
+                artifacts.remove(ref)
 
     def forget(self, uid: str) -> None:
         """Drop what is kept for a run that is gone or at rest."""

@@ -150,6 +150,11 @@ class Artifacts:
         used = {f"{own}{path}" for path in manifest.files} | {manifest_key(manifest.kind, manifest.digest)}
         self.objects.delete([info.key for info in self.objects.walk(artifact) if info.key not in used])
 
+    def remove(self, ref: ArtifactRef) -> None:
+        """Delete an artifact and every attempt at it: the manifest first, so that it is never there by half."""
+        self.objects.delete([manifest_key(ref.kind, ref.digest)])
+        self.objects.delete([info.key for info in self.objects.walk(artifact_prefix(ref.kind, ref.digest))])
+
     def list(self, kind: ArtifactKind | None = None) -> Iterator[Manifest]:
         """The manifests of all whole artifacts, sorted by kind and digest."""
         for each in [kind] if kind else self.objects.folders(ARTIFACTS):

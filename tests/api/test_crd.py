@@ -58,6 +58,7 @@ def test_only_free_form_fields_keep_unknown_fields() -> None:
         ".spec.lora.targetModules",
         ".spec.placement.tolerations[]",
         ".spec.placement.podTemplate",
+        ".spec.placement.stagePodTemplates{}",
         ".status.budget[]",
     }
 

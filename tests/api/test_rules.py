@@ -81,6 +81,8 @@ def specs(draw: st.DrawFn) -> dict[str, Any]:
         },
         "evaluate": {"scorers": draw(st.lists(scorer, max_size=3))},
         "gpu": {"count": draw(st.integers(0, 2))},
+        "placement": {"stagePodTemplates": draw(st.sampled_from([{}, {"ppo": {}}, {"dpo": {}}]))},
+        "forkFrom": draw(st.sampled_from([None, {"run": "a", "stage": "sft"}, {"run": "a", "stage": "reward"}])),
     }
 
 

@@ -43,7 +43,7 @@ class SmallCluster:
 
     def __init__(self) -> None:
         self.now = NOW
-        self.runs: dict[str, Document] = {}
+        self.runs_: dict[str, Document] = {}
         self.jobs_: dict[str, Document] = {}
         self.pods_: dict[str, Document] = {}
         self.events: list[RunEvent] = []
@@ -58,7 +58,7 @@ class SmallCluster:
     # ---- what the operator calls ----
 
     def run(self, namespace: str, name: str) -> Document | None:
-        return self._read(lambda: self.runs.get(name))
+        return self._read(lambda: self.runs_.get(name))
 
     def jobs(self, namespace: str, run: str) -> list[Document]:
         return self._read(lambda: [job for job in self.jobs_.values() if job["metadata"]["labels"][LABEL_RUN] == run])
@@ -89,7 +89,7 @@ class SmallCluster:
 
     def write_status(self, run: Document, patch: Document) -> None:
         def write() -> None:
-            found = self.runs[run["metadata"]["name"]]
+            found = self.runs_[run["metadata"]["name"]]
             if found["metadata"]["resourceVersion"] != run["metadata"]["resourceVersion"]:
                 raise Conflict("the object has been modified")
             found["status"] = merged(found.get("status", {}), patch)
@@ -97,11 +97,30 @@ class SmallCluster:
 
         self._write(write)
 
+    def runs(self) -> list[Document]:
+        return self._read(lambda: list(self.runs_.values()))
+
+    def set_finalizers(self, run: Document, finalizers: list[str]) -> None:
+        def write() -> None:
+            name = run["metadata"]["name"]
+            found = self.runs_[name]
+            if found["metadata"]["resourceVersion"] != run["metadata"]["resourceVersion"]:
+                raise Conflict("the object has been modified")
+            found["metadata"]["finalizers"] = finalizers
+            self._touched(found)
+            if found["metadata"].get("deletionTimestamp") and not finalizers:
+                self._gone(name)
+
+        self._write(write)
+
     def delete_run(self, run: Document) -> None:
         def delete() -> None:
-            found = self.runs.pop(run["metadata"]["name"], None)
-            uid = found["metadata"]["uid"] if found else ""
-            self.jobs_ = {n: j for n, j in self.jobs_.items() if j["metadata"]["ownerReferences"][0]["uid"] != uid}
+            found = self.runs_.get(run["metadata"]["name"])
+            if found and found["metadata"].get("finalizers"):
+                found["metadata"]["deletionTimestamp"] = stamp(self.now)
+                self._touched(found)
+            elif found:
+                self._gone(found["metadata"]["name"])
 
         self._write(delete)
 
@@ -116,7 +135,7 @@ class SmallCluster:
     def apply(self, document: Document) -> None:
         """kubectl apply."""
         name = document["metadata"]["name"]
-        old = self.runs.get(name)
+        old = self.runs_.get(name)
         made = copy.deepcopy(document)
         if old is None:
             made["metadata"] |= {"uid": f"run-{next(self._uids)}", "generation": 1, "namespace": "default"}
@@ -124,11 +143,11 @@ class SmallCluster:
             generation = old["metadata"]["generation"] + (old["spec"] != made["spec"])
             made["metadata"] = old["metadata"] | {"generation": generation}
             made["status"] = old.get("status", {})
-        self.runs[name] = self._touched(made)
+        self.runs_[name] = self._touched(made)
 
     def touch(self, name: str) -> None:
         """kubectl label."""
-        self._touched(self.runs[name])
+        self._touched(self.runs_[name])
 
     def start_pods(self) -> None:
         """Each Job that has not ended gets its pod."""
@@ -176,6 +195,11 @@ class SmallCluster:
 
     def active(self) -> list[Document]:
         return [job for job in self.jobs_.values() if not ended(job)]
+
+    def _gone(self, run: str) -> None:
+        """A run is gone, and what it owned with it."""
+        uid = self.runs_.pop(run)["metadata"]["uid"]
+        self.jobs_ = {n: j for n, j in self.jobs_.items() if j["metadata"]["ownerReferences"][0]["uid"] != uid}
 
     def _touched(self, document: Document) -> Document:
         document["metadata"]["resourceVersion"] = str(next(self._versions))
@@ -262,11 +286,11 @@ class World:
         raise AssertionError("it never comes to rest")
 
     def state_of_world(self) -> str:
-        everything = [self.cluster.runs, self.cluster.jobs_]
+        everything = [self.cluster.runs_, self.cluster.jobs_]
         return json.dumps(everything, sort_keys=True)
 
     def status(self) -> RunStatus:
-        return RunStatus.model_validate(self.cluster.runs["run"]["status"])
+        return RunStatus.model_validate(self.cluster.runs_["run"]["status"])
 
     def states(self) -> dict[str, str]:
         return {stage.name: stage.state for stage in self.status().stages if stage.state != "Skipped"}

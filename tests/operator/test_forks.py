@@ -29,7 +29,7 @@ def fork_of(world: World, **spec: Any) -> None:
 def look(world: World) -> RunStatus:
     for _ in range(5):
         world.operator.reconcile("default", "fork")
-    return RunStatus.model_validate(world.cluster.runs["fork"]["status"])
+    return RunStatus.model_validate(world.cluster.runs_["fork"]["status"])
 
 
 def finish(world: World) -> RunStatus:
@@ -91,7 +91,7 @@ def test_what_was_taken_over_stays_when_the_source_is_gone(world: World) -> None
     world.finish()
     fork_of(world)
     look(world)
-    world.cluster.delete_run(world.cluster.runs["run"])
+    world.cluster.delete_run(world.cluster.runs_["run"])
     world.restart()
     assert finish(world).phase == "Succeeded"
 

@@ -127,6 +127,18 @@ def test_two_runs_of_one_name_write_to_folders_of_their_own() -> None:
     assert writer(uids[0]) == writer(uids[0])
 
 
+def test_one_stage_may_have_a_patch_of_its_own_over_that_of_all() -> None:
+    placement = {
+        "podTemplate": {"spec": {"priorityClassName": "low", "runtimeClassName": "nvidia"}},
+        "stagePodTemplates": {"ppo": {"spec": {"priorityClassName": "high"}}},
+    }
+    found = {stage: job(stage, resource(placement=placement))["spec"]["template"]["spec"] for stage in ("sft", "ppo")}
+    assert {stage: pod["priorityClassName"] for stage, pod in found.items()} == {"sft": "low", "ppo": "high"}
+    assert {pod["runtimeClassName"] for pod in found.values()} == {"nvidia"}
+    with pytest.raises(UserError, match=r"spec.placement.stagePodTemplates.ppo.containers: unknown field"):
+        job("ppo", resource(placement={"stagePodTemplates": {"ppo": {"containers": []}}}))
+
+
 def test_a_config_with_dollars_reaches_the_stage_as_it_is() -> None:
     run = resource(reward={"function": "module:callable"}, data={"prompts": {"source": "s3://b/$(HOME)/$$x"}})
     text = environment(job("import-prompts", run))[ENV_STAGE_CONFIG]

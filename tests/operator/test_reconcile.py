@@ -45,7 +45,7 @@ def test_status_says_where_the_artifacts_are(world: World) -> None:
     world.apply(objectStore={"bucket": "mine", "prefix": "a", "endpoint": "http://there", "credentialsSecret": "keys"})
     world.settle()
     place = {"url": "s3://mine/a", "endpoint": "http://there", "credentialsSecret": "keys"}
-    assert world.cluster.runs["run"]["status"]["store"] == place
+    assert world.cluster.runs_["run"]["status"]["store"] == place
 
 
 def _outcome(world: World) -> Any:
@@ -316,10 +316,10 @@ def test_a_spec_that_is_none_is_a_failed_run_and_no_crash(world: World, spec: Do
 
 def test_a_status_that_another_version_wrote_is_made_anew(world: World) -> None:
     world.apply()
-    world.cluster.runs["run"]["status"] = {"phase": "Dreaming", "unheard": 1}
+    world.cluster.runs_["run"]["status"] = {"phase": "Dreaming", "unheard": 1}
     world.finish()
     assert world.status().phase == "Succeeded"
-    assert "unheard" not in world.cluster.runs["run"]["status"]
+    assert "unheard" not in world.cluster.runs_["run"]["status"]
 
 
 def test_a_deadline_stops_the_run_and_fails_it(world: World) -> None:
@@ -344,7 +344,7 @@ def test_a_finished_run_is_deleted_when_its_time_is_up(world: World) -> None:
     assert world.look() == pytest.approx(ended_at + 100, abs=1)
     world.cluster.now += 101
     world.look()
-    assert world.cluster.runs == world.cluster.jobs_ == {}
+    assert world.cluster.runs_ == world.cluster.jobs_ == {}
     assert len(list(world.artifacts.list())) == 5
     assert world.look() is None
 
@@ -374,7 +374,7 @@ def test_a_failed_run_rests_even_when_its_record_is_gone(world: World) -> None:
 
 def test_a_run_that_is_being_deleted_is_left_alone(world: World) -> None:
     world.apply()
-    world.cluster.runs["run"]["metadata"]["deletionTimestamp"] = stamp(NOW)
+    world.cluster.runs_["run"]["metadata"]["deletionTimestamp"] = stamp(NOW)
     assert world.look() is None
     assert not world.cluster.jobs_
 
@@ -383,7 +383,7 @@ def test_jobs_of_an_earlier_run_of_that_name_do_not_count(world: World) -> None:
     world.apply()
     world.settle()
     world.fail("import-model", "user")
-    world.cluster.runs.clear()  # deleted, and its Jobs not collected yet
+    world.cluster.runs_.clear()  # deleted, and its Jobs not collected yet
     world.apply()
     world.settle()
     assert world.status().phase == "Pending"
@@ -395,7 +395,7 @@ def test_jobs_of_an_earlier_run_of_that_name_do_not_count(world: World) -> None:
 def test_a_second_run_reuses_what_the_first_made(world: World) -> None:
     world.apply()
     world.finish()
-    world.cluster.delete_run(world.cluster.runs["run"])
+    world.cluster.delete_run(world.cluster.runs_["run"])
     world.cluster.events.clear()
     world.apply()
     world.finish()

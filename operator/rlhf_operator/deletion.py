@@ -1,0 +1,46 @@
+"""What goes with a run that is deleted, where spec.artifacts.onDelete asks for it: artifacts of it alone. No I/O."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from rlhf_api.names import FINALIZER
+from rlhf_api.run import RLHFRun
+from rlhf_api.stage import ArtifactRef
+from rlhf_operator.pod_template import Document
+
+
+def wants_cleaning(run: RLHFRun) -> bool:
+    """Whether the run may go only after its artifacts."""
+    return run.spec.artifacts.on_delete == "Delete"
+
+
+def finalizers(document: Document) -> list[str]:
+    """Who has to agree before the object is gone."""
+    found: list[str] = document["metadata"].get("finalizers") or []
+    return found
+
+
+def without_ours(document: Document) -> list[str]:
+    """Who still has to agree once the operator has."""
+    return [each for each in finalizers(document) if each != FINALIZER]
+
+
+def artifacts_of_none_but(document: Document, others: Iterable[Document]) -> list[ArtifactRef]:
+    """The artifacts that the run's status names, without those that it took over, or that another run names.
+
+    A run names what it is going to make as soon as it was looked at once, so one that is under way is safe. What runs
+    of other clusters, or `rlhf run`, share with it in the same store is not known here.
+    """
+    uid = document["metadata"]["uid"]
+    used = {name for other in others if other["metadata"]["uid"] != uid for name in _named(other)}
+    taken = set((document.get("status") or {}).get("taken", {}).values())
+    found = dict.fromkeys(name for name in _named(document) if name not in used | taken)
+    return [ArtifactRef.model_validate(dict(zip(("kind", "digest"), name.split("/"), strict=True))) for name in found]
+
+
+def _named(document: Document) -> list[str]:
+    status: dict[str, Any] = document.get("status") or {}
+    stages: list[dict[str, Any]] = status.get("stages") or []
+    return [stage["artifact"] for stage in reversed(stages) if stage.get("artifact")] + [
+        name for name in status.get("taken", {}).values() if name
+    ]
