@@ -3,8 +3,8 @@
 #   control-plane.sh run DIR [--kwok]     in the foreground: all of it ends with this process, however that dies
 #   control-plane.sh start DIR [--kwok]   in the background; returns when the API answers
 #   control-plane.sh stop DIR             ends it and empties the folder but for the logs
-# DIR/kubeconfig is an administrator's. With --kwok, nodes annotated kwok.x-k8s.io/node=fake are kept Ready and their
-# pods "run".
+# DIR/kubeconfig is an administrator's, DIR/NAME.pid each program's. An API server that ends is started again. With
+# --kwok, nodes annotated kwok.x-k8s.io/node=fake are kept Ready and their pods "run" until somebody says that they end.
 set -euo pipefail
 . "$(dirname "$0")/env.sh"
 
@@ -29,27 +29,31 @@ run() {
     echo $$ >"$dir/pid"
     trap end_children EXIT
     trap 'exit 0' INT TERM
-    rm -rf "$dir/etcd" "$dir/certs" "$KUBECONFIG"
+    rm -rf "$dir/etcd" "$dir/certs" "$KUBECONFIG" "$dir"/kube-*.log "$dir"/{etcd,kwok}.log
     write_credentials
     start_components
     echo ready >"$dir/ready"
     say "control plane is ready: export KUBECONFIG=$KUBECONFIG"
-    wait -n "${children[@]}" || true
-    fail "a component ended; its log is in $dir"
+    while wait -n -p ended "${!children[@]}" || true; do
+        [ "${children[$ended]}" = kube-apiserver ] || fail "${children[$ended]} ended; its log is in $dir"
+        unset "children[$ended]"
+        say "kube-apiserver ended; it is started again"
+        api_server
+    done
 }
 
-children=()
+declare -A children=() # pid -> name
 component() { # component NAME ARGUMENT...
     local name=$1
     shift
-    setpriv --pdeathsig KILL "$bin/$name" "$@" >"$dir/$name.log" 2>&1 &
-    children+=($!)
+    setpriv --pdeathsig KILL "$bin/$name" "$@" >>"$dir/$name.log" 2>&1 &
+    children[$!]=$name
     echo $! >"$dir/$name.pid"
 }
 
 end_children() {
     rm -f "$dir/ready" "$dir/pid"
-    [ ${#children[@]} -eq 0 ] || kill -KILL "${children[@]}" 2>/dev/null || true
+    [ ${#children[@]} -eq 0 ] || kill -KILL "${!children[@]}" 2>/dev/null || true
     wait || true
     rm -rf "$dir/etcd"
 }
@@ -66,10 +70,27 @@ print(*(each.getsockname()[1] for each in free))')
 }
 
 start_components() {
+    local fast="--kube-api-qps 500 --kube-api-burst 1000" # else they are what a load test measures
     component etcd --data-dir "$dir/etcd" --unsafe-no-fsync --log-level warn \
         --listen-client-urls "http://127.0.0.1:$etcd_port" --advertise-client-urls "http://127.0.0.1:$etcd_port" \
         --listen-peer-urls "http://127.0.0.1:$peer_port" --initial-advertise-peer-urls "http://127.0.0.1:$peer_port" \
         --initial-cluster "default=http://127.0.0.1:$peer_port"
+    api_server
+    until_true 60 "the API server" test -s "$dir/certs/apiserver.crt"
+    write_kubeconfig
+    until_true 60 "the API server" kubectl get --raw /readyz
+    # Only now: it ends at once where the API server has not yet written its first roles and configuration.
+    component kube-controller-manager --kubeconfig "$KUBECONFIG" --leader-elect=false --secure-port 0 $fast \
+        --concurrent-job-syncs 20 \
+        --root-ca-file "$dir/certs/apiserver.crt" \
+        --service-account-private-key-file "$dir/certs/service-accounts.key"
+    component kube-scheduler --kubeconfig "$KUBECONFIG" --leader-elect=false --secure-port 0 $fast
+    [ -z "$kwok" ] || component kwok --kubeconfig "$KUBECONFIG" --config "$bin/kwok-stages.yaml" \
+        --manage-all-nodes=false --manage-nodes-with-annotation-selector kwok.x-k8s.io/node=fake
+    until_true 60 "the controller manager" kubectl get serviceaccount default --namespace default
+}
+
+api_server() {
     component kube-apiserver --etcd-servers "http://127.0.0.1:$etcd_port" --cert-dir "$dir/certs" \
         --bind-address 127.0.0.1 --advertise-address 127.0.0.1 --secure-port "$api_port" \
         --endpoint-reconciler-type none --service-cluster-ip-range 10.96.0.0/16 --allow-privileged \
@@ -77,17 +98,6 @@ start_components() {
         --service-account-issuer https://kubernetes.default.svc \
         --service-account-key-file "$dir/certs/service-accounts.key" \
         --service-account-signing-key-file "$dir/certs/service-accounts.key"
-    until_true 60 "the API server" test -s "$dir/certs/apiserver.crt"
-    write_kubeconfig
-    until_true 60 "the API server" kubectl get --raw /readyz
-    # Only now: it ends at once where the API server has not yet written its first roles and configuration.
-    component kube-controller-manager --kubeconfig "$KUBECONFIG" --leader-elect=false --secure-port 0 \
-        --root-ca-file "$dir/certs/apiserver.crt" \
-        --service-account-private-key-file "$dir/certs/service-accounts.key"
-    component kube-scheduler --kubeconfig "$KUBECONFIG" --leader-elect=false --secure-port 0
-    [ -z "$kwok" ] || component kwok --kubeconfig "$KUBECONFIG" --config "$bin/kwok-stages.yaml" \
-        --manage-all-nodes=false --manage-nodes-with-annotation-selector kwok.x-k8s.io/node=fake
-    until_true 60 "the controller manager" kubectl get serviceaccount default --namespace default
 }
 
 until_true() { # until_true SECONDS WHAT COMMAND...
