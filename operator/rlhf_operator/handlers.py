@@ -1,7 +1,7 @@
 """Where kopf meets the operator: `kopf run -m rlhf_operator.handlers --liveness=http://0.0.0.0:8080/healthz`.
 
-Only events are watched. A create, update or field handler would write its annotations on Jobs and pods, and a
-finalizer would keep a run from being deleted while no operator is there.
+Only events are watched. A create, update or field handler would write its annotations on Jobs and pods, and a delete
+handler's finalizer would keep every run from being deleted while no operator is there.
 """
 
 import logging
