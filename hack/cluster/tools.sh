@@ -89,7 +89,7 @@ build() {
 kwok_stages() {
     local module file
     module=$(go mod download -json "sigs.k8s.io/kwok@$KWOK" | jq -r .Dir)
-    for file in node/fast/node-initialize node/heartbeat/node-heartbeat pod/fast/pod-ready pod/fast/pod-complete pod/fast/pod-delete; do
+    for file in node/fast/node-initialize node/heartbeat/node-heartbeat pod/fast/pod-ready pod/fast/pod-delete; do
         echo "---"
         cat "$module/kustomize/stage/$file.yaml"
     done >"$bin.new/kwok-stages.yaml"
