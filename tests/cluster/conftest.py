@@ -2,8 +2,6 @@
 
 import os
 import subprocess
-import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,14 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
+from bare_plane import bare_plane, install_crd
 from release import BUCKET, Release, reviews
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "hack" / "cluster"
 BIN = ROOT / ".cache" / "cluster" / "bin"
-CRD_FILE = ROOT / "manifests" / "crd" / "rlhfruns.yaml"
-# PR_SET_PDEATHSIG, SIGKILL: the supervisor dies with the tests, and its processes with it.
-DIE_WITH_PARENT = "import ctypes,os,sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
 
 Kubectl = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -28,6 +24,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--kubeconfig",
         type=Path,
         help="run tests/cluster on this cluster; without it the cluster of hack/cluster is started and kept",
+    )
+    parser.addoption(
+        "--every-write", action="store_true", help="kill the operator around every write of a run, not around some"
     )
     parser.addoption(
         "--image",
@@ -57,25 +56,11 @@ def api_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     """Kubeconfig of an API server that knows RLHFRun: the one given, or one without nodes that ends with the tests."""
     given: Path | None = request.config.getoption("--kubeconfig")
     if given:
-        _install_crd(given.resolve())
+        install_crd(given.resolve())
         yield given.resolve()
         return
-    folder = tmp_path_factory.mktemp("control-plane")
-    with (folder / "supervisor.log").open("w") as log:
-        supervisor = subprocess.Popen(
-            [sys.executable, "-c", DIE_WITH_PARENT, SCRIPTS / "control-plane.sh", "run", folder], stdout=log, stderr=log
-        )
-    try:
-        deadline = time.monotonic() + 120
-        while not (folder / "ready").exists():
-            if supervisor.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"no control plane: {(folder / 'supervisor.log').read_text()[-2000:]}")
-            time.sleep(0.1)
-        _install_crd(folder / "kubeconfig")
-        yield folder / "kubeconfig"
-    finally:
-        supervisor.terminate()
-        supervisor.wait(timeout=60)
+    with bare_plane(tmp_path_factory.mktemp("control-plane")) as plane:
+        yield plane.kubeconfig
 
 
 @pytest.fixture(scope="session")
@@ -120,7 +105,7 @@ def release(
     """The chart in a fresh namespace under the restricted Pod Security level, its store filled with tiny sources."""
     from tiny import build_tiny_model  # it takes torch along, which no other test here needs
 
-    _install_crd(cluster)
+    install_crd(cluster)
     namespace = f"rlhf-{uuid.uuid4().hex[:8]}"
     cluster_kubectl("create", "namespace", namespace)
     cluster_kubectl("label", "namespace", namespace, "pod-security.kubernetes.io/enforce=restricted")
@@ -172,9 +157,3 @@ def _namespace(kubectl: Kubectl) -> Iterator[str]:
     kubectl("create", "namespace", name)
     yield name
     kubectl("delete", "namespace", name, "--wait=false")
-
-
-def _install_crd(kubeconfig: Path) -> None:
-    kubectl = kubectl_of(kubeconfig)
-    kubectl("apply", "--server-side", "-f", CRD_FILE)
-    kubectl("wait", "--for=condition=Established", "-f", CRD_FILE, "--timeout=60s")
