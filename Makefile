@@ -18,9 +18,10 @@ demo: $(INSTALLED)  ## The whole chain on this machine: a real model, real revie
 test: $(INSTALLED)  ## All tests that need no cluster
 	$(BIN)/python -m pytest
 
-test-cluster: $(INSTALLED)  ## Tests on a real Kubernetes: CLUSTER=a kubeconfig, or without it the one of cluster-up
+test-cluster: $(INSTALLED)  ## Tests on a real Kubernetes: CLUSTER=a kubeconfig, else that of cluster-up; TESTS="run nodes"
 	$(if $(CLUSTER),,hack/cluster/tools.sh && hack/cluster/up.sh)
-	$(BIN)/python -m pytest tests/cluster $(if $(CLUSTER),--kubeconfig $(CLUSTER))
+	$(BIN)/python -m pytest $(if $(TESTS),$(TESTS:%=tests/cluster/test_%.py),tests/cluster) --durations 25 \
+	  $(if $(CLUSTER),--kubeconfig $(CLUSTER))
 
 cluster-up:  ## A kind cluster of three nodes, all built here: 30 minutes the first time, one after that
 	hack/cluster/up.sh
