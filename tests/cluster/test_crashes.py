@@ -5,6 +5,7 @@ On a real API server with its controllers. No pod runs: `StagePlayer` ends each 
 
 import json
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -139,8 +140,8 @@ def worlds(plane: BarePlane, player: StagePlayer, tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture
-def world(worlds: Callable[[str], World], request: pytest.FixtureRequest, player: StagePlayer) -> Iterator[World]:
-    yield worlds(request.node.name.replace("_", "-")[:60].strip("-"))
+def world(worlds: Callable[[str], World], player: StagePlayer) -> Iterator[World]:
+    yield worlds(f"test-{uuid.uuid4().hex[:8]}")
     player.held.clear()
 
 
