@@ -21,17 +21,18 @@ from rlhf_store.manifest import FileEntry, Manifest, checked_path, content_diges
 from rlhf_store.objects import Objects
 from rlhf_store.transfer import download, problem_of, selected
 
-__all__ = ["ArtifactWriter", "Artifacts", "FileEntry", "Garbage", "Manifest", "open_artifacts"]
+__all__ = ["STAGE_PATIENCE", "ArtifactWriter", "Artifacts", "FileEntry", "Garbage", "Manifest", "open_artifacts"]
 
 SMALL_UPLOADS = 4  # files of a folder sent at once
+STAGE_PATIENCE = 120.0  # a stage waits while a store starts again, rather than have to start again itself
 
 
 def open_artifacts(
-    store: StoreConfig, patience: float = 120.0, environment: Mapping[str, str] = os.environ
+    store: StoreConfig, patience: float = 15.0, environment: Mapping[str, str] = os.environ
 ) -> "Artifacts":
     """The artifacts of a store. S3 credentials come from the environment; raises StoreError if there are none.
 
-    `patience`: seconds that an S3 store may take to go on with an answer.
+    `patience`: seconds that an S3 store may be silent, or away, before what is asked of it fails.
     """
     if store.url.startswith("file://"):
         return Artifacts(FileObjects(Path(unquote(urlsplit(store.url).path))))

@@ -27,6 +27,8 @@ PART = 16 << 20  # bytes of an upload's part
 UPLOADS = 4  # parts at once; memory is about PART * (UPLOADS + 2)
 MAX_PARTS = 10_000  # S3's limit
 READS = 4  # tries at a range whose connection breaks while it is read
+BLOCK = 64 << 10  # bytes handed to the network at once
+BACKOFF = 0.3  # seconds before the second repetition of a request; each pause after it is twice the one before
 
 _CREDENTIALS = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 _FULL = {"XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "QuotaExceeded", "InsufficientStorage"}
@@ -43,9 +45,12 @@ class S3Objects:
 
     @classmethod
     def from_environment(
-        cls, store: StoreConfig, environment: Mapping[str, str], patience: float = 120.0
+        cls, store: StoreConfig, environment: Mapping[str, str], patience: float = 15.0
     ) -> "S3Objects":
-        """The store, with the credentials of the environment. Nothing is sent yet. `patience`: of a read, seconds."""
+        """The store, with the credentials of the environment. Nothing is sent yet.
+
+        `patience`: seconds that it may be silent, or away, before a request fails.
+        """
         access, secret = environment.get(ENV_ACCESS_KEY), environment.get(ENV_SECRET_KEY)
         if not access or not secret:
             raise StoreError(f"{store.url}: no credentials; set {ENV_ACCESS_KEY} and {ENV_SECRET_KEY}")
@@ -55,12 +60,13 @@ class S3Objects:
         server = urlsplit(endpoint)
         if server.scheme not in ("http", "https") or not server.netloc or server.path.strip("/"):
             raise UserError(f"store.endpoint: {endpoint!r} is not http://host:port or https://host:port")
-        http = urllib3.PoolManager(
+        http = _InBlocks(
             timeout=urllib3.Timeout(connect=min(10, patience), read=patience),
             maxsize=32,
+            blocksize=BLOCK,
             cert_reqs="CERT_REQUIRED",
             ca_certs=environment.get("SSL_CERT_FILE") or certifi.where(),
-            retries=urllib3.Retry(total=4, backoff_factor=0.3, status_forcelist=[500, 502, 503, 504]),
+            retries=_retries(patience),
         )
         try:
             client = Minio(
@@ -99,18 +105,13 @@ class S3Objects:
 
     def put_file(self, key: str, path: Path, settled: bool = False) -> FileDigest:  # noqa: ARG002 - it is sent either way
         with self._errors(key):
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                reader = _HashingReader(file)
-                self._client.put_object(
-                    self._bucket,
-                    self._prefix + key,
-                    reader,
-                    size,
-                    part_size=max(PART, -(-size // MAX_PARTS)),
-                    num_parallel_uploads=UPLOADS,
-                )
-            return FileDigest(size, reader.digest.hexdigest())
+            try:
+                return self._send_file(key, path)
+            except S3Error as error:
+                # The answer that ended an upload was lost, and it was asked to end again; or somebody swept it away.
+                if error.code != "NoSuchUpload":
+                    raise
+                return self._send_file(key, path)
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         if length == 0:
@@ -160,6 +161,20 @@ class S3Objects:
         """Nothing: half-done uploads expire by the store's rule (MinIO's after a day, others' by lifecycle)."""
         return []
 
+    def _send_file(self, key: str, path: Path) -> FileDigest:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            reader = _HashingReader(file)
+            self._client.put_object(
+                self._bucket,
+                self._prefix + key,
+                reader,
+                size,
+                part_size=max(PART, -(-size // MAX_PARTS)),
+                num_parallel_uploads=UPLOADS,
+            )
+        return FileDigest(size, reader.digest.hexdigest())
+
     def _read(self, key: str, start: int, length: int | None) -> bytes:
         try:
             response = self._client.get_object(self._bucket, self._prefix + key, start, length or 0)
@@ -204,7 +219,8 @@ class S3Objects:
             return
         key = f"probe/{uuid.uuid4().hex}"
         try:
-            if not self._put_if_absent(key, b"probe") or self._put_if_absent(key, b"probe"):
+            self._put_if_absent(key, b"probe")  # False if it is a repetition: the answer to the first was lost
+            if self._put_if_absent(key, b"probe"):
                 raise self._no_if_none_match()
         finally:
             self._client.remove_object(self._bucket, self._prefix + key)
@@ -239,6 +255,31 @@ class S3Objects:
         if error.code in _FULL:
             return f"the store's disk is full ({error.code}); free space there, or run `rlhf artifacts gc`"
         return f"{self._endpoint} answered {error.code}: {error.message}"
+
+
+def _retries(patience: float) -> urllib3.Retry:
+    """Repetitions whose pauses take up to half of the patience, so that a store may start again meanwhile."""
+    repetitions = 1
+    while BACKOFF * (2 ** (repetitions + 1) - 2) <= patience / 2:
+        repetitions += 1
+    return urllib3.Retry(
+        total=repetitions,
+        backoff_factor=BACKOFF,
+        status_forcelist=[500, 502, 503, 504],
+        allowed_methods=None,  # POST too: it begins and ends an upload in parts, and deletes
+        respect_retry_after_header=False,  # MinIO says a minute, to an operator that has five seconds
+    )
+
+
+class _InBlocks(urllib3.PoolManager):
+    """Sends bodies block by block: a timeout is for each, so that it is about silence and not about a slow link."""
+
+    def urlopen(self, method: str, url: str, redirect: bool = True, **options: Any) -> Any:  # type: ignore[override]
+        if isinstance(body := options.get("body"), bytes):
+            options["headers"] = urllib3.HTTPHeaderDict(options.get("headers") or {})
+            options["headers"]["Content-Length"] = str(len(body))
+            options["body"] = io.BytesIO(body)
+        return super().urlopen(method, url, redirect, **options)
 
 
 class _HashingReader:

@@ -26,7 +26,7 @@ from rlhf_pipeline.checkpoints import RESTORED
 from rlhf_pipeline.failures import classify
 from rlhf_pipeline.result_file import write_result
 from rlhf_pipeline.stage_process import Interrupted, Stage, surroundings
-from rlhf_store.artifacts import Manifest, open_artifacts
+from rlhf_store.artifacts import STAGE_PATIENCE, Manifest, open_artifacts
 
 # Imported when run: each brings its own heavy libraries.
 PROGRAMS: dict[Program, str] = {
@@ -67,7 +67,7 @@ def _outcome(config_from: str, work: Path) -> tuple[StageResult, int]:
         signal.signal(signal.SIGTERM, _stop_at_once)
         config = _read_config(config_from, os.environ)
         name = config.stage
-        artifacts = open_artifacts(config.store)
+        artifacts = open_artifacts(config.store, STAGE_PATIENCE)
         manifest = artifacts.find(config.output)
         if manifest is None:
             work.mkdir(parents=True, exist_ok=True)

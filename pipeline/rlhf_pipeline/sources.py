@@ -146,10 +146,11 @@ class BucketFiles:
     """Objects under a prefix of an S3 bucket."""
 
     def __init__(self, source: str, store: StoreConfig | None) -> None:
-        from rlhf_store.artifacts import open_artifacts
+        from rlhf_store.artifacts import STAGE_PATIENCE, open_artifacts
 
         endpoint, region = (store.endpoint, store.region) if store else (None, None)
-        self.objects = open_artifacts(StoreConfig(url=source, endpoint=endpoint, region=region)).objects
+        where = StoreConfig(url=source, endpoint=endpoint, region=region)
+        self.objects = open_artifacts(where, STAGE_PATIENCE).objects
         self.version: str | None = None
         self.sizes = {info.key: info.size for info in self.objects.walk("")}
         if not self.sizes:
