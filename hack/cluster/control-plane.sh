@@ -85,8 +85,9 @@ start_components() {
         --root-ca-file "$dir/certs/apiserver.crt" \
         --service-account-private-key-file "$dir/certs/service-accounts.key"
     component kube-scheduler --kubeconfig "$KUBECONFIG" --leader-elect=false --secure-port 0 $fast
+    # Pods get addresses of this machine, where a connection is refused at once and not tried for long.
     [ -z "$kwok" ] || component kwok --kubeconfig "$KUBECONFIG" --config "$bin/kwok-stages.yaml" \
-        --manage-all-nodes=false --manage-nodes-with-annotation-selector kwok.x-k8s.io/node=fake
+        --cidr 127.128.0.0/16 --manage-all-nodes=false --manage-nodes-with-annotation-selector kwok.x-k8s.io/node=fake
     until_true 60 "the controller manager" kubectl get serviceaccount default --namespace default
 }
 
