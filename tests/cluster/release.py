@@ -27,7 +27,7 @@ CHART = ROOT / "charts" / "rlhf-operator"
 RELEASE = "rlhf"
 BUCKET = "rlhf"
 PREFIX = "runs"  # of the chart
-STORE_SECRET = "rlhf-object-store"
+STORE_SECRET = f"{RELEASE}-rlhf-operator-object-store"
 GPU_NODE = {"rlhf.dev/gpu-memory": "24Gi"}
 STAGES = (
     "import-model", "import-sft", "import-preferences", "import-prompts", "import-evaluation",
