@@ -12,7 +12,7 @@ import kopf
 
 from rlhf_api.errors import RLHFError
 from rlhf_api.names import GROUP, PLURAL, STAGE_LABELS, VERSION
-from rlhf_operator.cluster import STAGES_SELECTOR
+from rlhf_operator.cluster import PAGE, STAGES_SELECTOR
 from rlhf_operator.controller import Controller
 from rlhf_operator.kubernetes_api import KubernetesApi
 from rlhf_operator.operator_settings import OperatorSettings
@@ -26,6 +26,7 @@ async def begin(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> N
     settings.peering.standalone = True  # a Lease says who leads
     for kind in ("jobs", "pods"):  # else those of the whole cluster would be sent here
         settings.watching.label_selectors[kind] = STAGES_SELECTOR
+    settings.watching.chunk_size = PAGE
     settings.watching.server_timeout = 240
     settings.watching.client_timeout = 270
     try:

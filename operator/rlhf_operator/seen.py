@@ -68,7 +68,7 @@ class Seen:
         old = self._objects[kind].get(key)
         if old is not None and _version(old) >= _version(document):
             return False
-        self._objects[kind][key] = document
+        self._objects[kind][key] = _read_of(kind, document)
         if kind != "run" and (run := run_of(kind, document)):
             self._of_run[kind].setdefault(run, set()).add(key)
         return True
@@ -81,6 +81,18 @@ class Seen:
         left.discard(key)
         if not left:
             self._of_run[kind].pop(run, None)
+
+
+def _read_of(kind: Kind, document: Document) -> Document:
+    """What is read of an object. The rest, kept for thousands of them, would be most of the operator's memory."""
+    metadata = {name: value for name, value in document["metadata"].items() if name != "managedFields"}
+    match kind:
+        case "job":
+            spec = {name: value for name, value in document.get("spec", {}).items() if name != "template"}
+            return {**document, "metadata": metadata, "spec": spec}
+        case "pod":
+            return {"metadata": metadata, "status": document.get("status", {})}
+    return {**document, "metadata": metadata}
 
 
 def key_of(document: Document) -> Key:
