@@ -81,6 +81,9 @@ def measure(api: KubernetesApi, operator: OperatorProcess, first_jobs: "FirstJob
     print(
         f"operator: peak resident {peak_mib(operator):.0f} MiB, {cpu_seconds(operator) / runs:.3f} CPU seconds by run"
     )
+    page = operator.metrics()
+    looks, spent = (value_of(page, f"rlhf_operator_reconcile_seconds_{what}") for what in ("count", "sum"))
+    print(f"looks by run: {looks / runs:.1f}, of {1000 * spent / looks:.0f} ms", flush=True)
     check(api, runs)
 
     restarted = time.monotonic()
