@@ -66,7 +66,7 @@ def bare_plane(folder: Path, kwok: bool = False) -> Iterator[BarePlane]:
     """Run a control plane that knows RLHFRun in an empty folder; it ends with the block, and with this process."""
     plane = BarePlane(folder)
     with (folder / "supervisor.log").open("w") as log:
-        command = [*DIE_WITH_PARENT, SCRIPT, "run", folder, *(["--kwok"] if kwok else [])]
+        command: list[str | Path] = [*DIE_WITH_PARENT, SCRIPT, "run", folder, *(["--kwok"] if kwok else [])]
         supervisor = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + START_SECONDS
