@@ -131,7 +131,7 @@ class S3Objects:
             try:
                 found = self._client.stat_object(self._bucket, self._prefix + key)
             except S3Error as error:
-                if error.code == "NoSuchKey":
+                if self._says_absent(error, key):
                     return None
                 raise
         return ObjectInfo(key, found.size, found.last_modified.timestamp())
@@ -179,7 +179,7 @@ class S3Objects:
         try:
             response = self._client.get_object(self._bucket, self._prefix + key, start, length or 0)
         except S3Error as error:
-            if error.code == "NoSuchKey":
+            if self._says_absent(error, key):
                 raise KeyError(key) from None
             if error.code == "InvalidRange":  # starts at or after the end
                 return b""
@@ -190,6 +190,16 @@ class S3Objects:
         finally:
             response.close()
             response.release_conn()
+
+    def _says_absent(self, error: S3Error, key: str) -> bool:
+        """Whether there is no such object. AWS denies it to credentials that may list less than the whole bucket."""
+        if error.code != "AccessDenied":
+            return bool(error.code == "NoSuchKey")
+        name = self._prefix + key
+        try:
+            return all(found.object_name != name for found in self._client.list_objects(self._bucket, name))
+        except S3Error:  # it may not list here either
+            return False
 
     def _put_if_absent(self, key: str, data: bytes) -> bool:
         """minio-py has no conditional put: its presigned URL, with the header added."""

@@ -16,6 +16,7 @@ BUSY = (
     b'<?xml version="1.0" encoding="UTF-8"?>\n'
     b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate</Message></Error>"
 )
+DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
 MANIFESTS = r"PUT \S*/manifest\.json"  # commits: of artifacts, and of checkpoints
 
 
@@ -47,7 +48,7 @@ class FaultyLink:
 
     def mend(self) -> None:
         """Pass everything."""
-        self._refuse = self._cut = self._swallow = _Fault()
+        self._refuse = self._cut = self._swallow = self._hide = _Fault()
         self._rate: float | None = None
 
     def refuse(self, only: str = "", times: int | None = None) -> None:
@@ -61,6 +62,10 @@ class FaultyLink:
     def swallow(self, only: str = "", times: int | None = None) -> None:
         """Let the store do what is asked of it, and break the connection off instead of its answer."""
         self._swallow = _Fault(only, times)
+
+    def hide_missing(self) -> None:
+        """Deny what does not exist, as AWS does to those who may not list the whole bucket."""
+        self._hide = _Fault("")
 
     def slow(self, rate: float) -> None:
         """Pass `rate` bytes a second, both ways and all connections together."""
@@ -99,6 +104,10 @@ class FaultyLink:
                 if self._swallow.strikes(line):
                     response.read()
                     return request.cut()
+                if response.status == 404 and self._hide.strikes(line):
+                    response.read()
+                    request.answer(403, [("Content-Type", "application/xml")], DENIED)
+                    return 403
                 request.begin(response.status, response.getheaders())
                 while data := response.read(CHUNK):
                     self.pace(len(data))

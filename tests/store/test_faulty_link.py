@@ -122,6 +122,15 @@ def test_a_slow_link_takes_as_long_as_it_takes(s3_store: StoreConfig, link: Faul
     assert not [line for line in link.seen if line.endswith(" 0")], "nothing had to be sent twice"
 
 
+def test_what_does_not_exist_is_known_although_the_store_denies_it(artifacts: Artifacts, link: FaultyLink) -> None:
+    link.hide_missing()
+    assert artifacts.find(REF) is None
+    assert artifacts.objects.head("nothing") is None
+    write(artifacts)
+    assert artifacts.verify(REF) == []
+    assert [line for line in link.seen if line.endswith(" 403")]
+
+
 @pytest.fixture
 def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every MinIO that a test starts."""
