@@ -3,7 +3,6 @@
 On a real API server with its controllers. No pod runs: `StagePlayer` ends each as its stage would.
 """
 
-import json
 import time
 import uuid
 from collections import Counter
@@ -163,8 +162,7 @@ def test_an_undisturbed_run_writes_little(undisturbed: tuple[End, list[str]]) ->
     assert Counter(end.events.values()).keys() == {1}
     jobs = [write for write in writes if "/jobs" in write]
     assert len(jobs) == len(STAGES)
-    print(*writes, sep="\n")
-    assert len(writes) <= 8 * len(STAGES), writes
+    assert len(writes) <= 6 * len(STAGES), writes
 
 
 def test_killed_before_and_after_every_write_a_run_ends_the_same(
@@ -285,9 +283,3 @@ def test_a_leader_that_is_cut_off_writes_nothing_once_another_leads(world: World
         until(lambda: "rlhf_operator_leads 0.0" in first.metrics(), 60, first.last_lines)
         assert of_first.writes[written:] == []
     assert world.attempts() == [(stage, "1") for stage in STAGES]
-
-
-def test_what_stands_between_counts_writes_and_no_leases(undisturbed: tuple[End, list[str]]) -> None:
-    _, writes = undisturbed
-    assert not [write for write in writes if "leases" in write]
-    assert {json.dumps(write.split()[0]) for write in writes} == {'"POST"', '"PATCH"'}
