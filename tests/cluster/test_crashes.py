@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from bare_plane import BarePlane, OperatorProcess, api_of, bare_plane, drop_lease, until
+from bare_plane import ROOT, BarePlane, OperatorProcess, api_of, bare_plane, drop_lease, until
 from between import Between
 from stage_player import NOBODY, StagePlayer
 
@@ -24,6 +24,7 @@ from rlhf_operator.leadership import LEASE_SECONDS, RENEW_WITHIN
 
 pytestmark = pytest.mark.timeout(900)
 
+BIN = ROOT / ".cache" / "cluster" / "bin"
 RUN = "run"
 STAGES = ["evaluate", "import-model", "import-prompts", "ppo", "reward"]
 RUN_SECONDS = 120.0
@@ -114,7 +115,9 @@ class End:
 
 
 @pytest.fixture(scope="module")
-def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BarePlane]:
+def plane(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BarePlane]:
+    if request.config.getoption("--kubeconfig") and not (BIN / "kube-apiserver").exists():
+        pytest.skip("needs a control plane of its own, from `hack/cluster/tools.sh control-plane`")
     with bare_plane(tmp_path_factory.mktemp("plane")) as plane:
         yield plane
 
