@@ -429,6 +429,9 @@ class StageStatus(Section):
     metrics: dict[str, float] = Field(default_factory=dict)
     failure: str | None = Field(None, description="Class of the last attempt's failure.")
     message: str | None = None
+    lowered: str | None = Field(
+        None, description="What the last attempt had smaller than the spec says, since earlier ones ran out of memory."
+    )
 
 
 class StoreStatus(Section):

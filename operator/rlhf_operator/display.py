@@ -136,9 +136,10 @@ def _words(stage: StageStatus, progress: Progress | None, now: float) -> str:
     """Metrics, the phase and the time left; what went wrong; or why the stage is skipped."""
     if stage.message and stage.state != "Running":
         return stage.message
+    lowered = f"({stage.lowered}: memory ran out)" if stage.lowered else ""
     if progress is None:
-        return key_metrics(stage.metrics)
-    words = [key_metrics(progress.metrics), progress.phase if progress.total else ""]
+        return "  ".join(word for word in (key_metrics(stage.metrics), lowered) if word)
+    words = [key_metrics(progress.metrics), progress.phase if progress.total else "", lowered]
     if progress.eta_seconds is not None:
         words.append(f"{duration(progress.eta_seconds - max(0.0, now - progress.updated_at))} left")
     return "  ".join(word for word in words if word)

@@ -5,7 +5,7 @@ and observes again. Because nothing else is remembered, a crash at any point los
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from rlhf_api.budget import ModelShape
@@ -17,9 +17,11 @@ from rlhf_api.stage import Progress, StageFailure, StageResult
 from rlhf_operator import conditions
 from rlhf_operator.conditions import Hold, stamp, unix_time
 from rlhf_operator.figures import duration
+from rlhf_operator.ladder import ladder, remedy, stepped_down, told
 from rlhf_operator.memory_check import MemoryCheck, check_memory
 from rlhf_operator.stages import Fingerprints, Link, chain
 
+# outOfMemory: of a stage that has nothing to lower; else one for each step of its ladder, and the first.
 MAX_ATTEMPTS: Final[Mapping[FailureClass, int]] = {"infrastructure": 5, "outOfMemory": 2}
 BACKOFF_SECONDS: Final = 5.0  # doubled with each failure of the same class
 MAX_BACKOFF_SECONDS: Final = 300.0
@@ -161,7 +163,7 @@ def plan(run: RLHFRun, observed: Observed, now: float) -> Plan:
             actions.append(Stop(view.link.name, attempt.number))
     if not blocked:
         startable = [view for view in views if view.pending and view.ready and retry_at.get(view.link.name, 0.0) <= now]
-        actions += [Start(view.link, _next_number(view)) for view in _one_gpu_stage(startable, views)]
+        actions += [Start(_next_link(view), _next_number(view)) for view in _one_gpu_stage(startable, views)]
 
     stages = [_stage_status(view, observed, run.spec.suspend, failures.get(view.link.name)) for view in views]
     unfinished = any(view.running for view in views)
@@ -364,6 +366,22 @@ def _next_number(view: _View) -> int:
     return max((attempt.number for attempt in view.attempts), default=0) + 1
 
 
+def _next_link(view: _View) -> Link:
+    """The link with the settings of its next attempt: one step down for each that ran out of memory."""
+    settings = stepped_down(view.link.name, view.link.settings, _out_of_memory(view.counted))
+    return replace(view.link, settings=settings)
+
+
+def _out_of_memory(attempts: Iterable[Attempt]) -> int:
+    return sum(attempt.failure is not None and attempt.failure.failure == "outOfMemory" for attempt in attempts)
+
+
+def _most_attempts(view: _View, failure: FailureClass) -> int:
+    """After so many failures of this class the stage is given up."""
+    most = MAX_ATTEMPTS.get(failure, 1)
+    return max(most, 1 + len(ladder(view.link.name, view.link.settings))) if failure == "outOfMemory" else most
+
+
 def _failures(view: _View) -> list[StageFailure]:
     failures = []
     for attempt in view.counted:
@@ -388,9 +406,14 @@ def _final_failure(view: _View) -> StageFailure | None:
     if last.failure not in RETRIED:
         return last
     count = sum(failure.failure == last.failure for failure in failures)
-    if count < MAX_ATTEMPTS[last.failure]:
+    if count < _most_attempts(view, last.failure):
         return None
-    return last.model_copy(update={"message": f"{last.message} (gave up after {count} attempts)"})
+    tried = told(view.link.name, view.link.settings, count - 1) if last.failure == "outOfMemory" else None
+    how = f", the last with {tried}" if tried else ""
+    message = f"{last.message} (gave up after {count} attempts{how})"
+    if last.failure == "outOfMemory" and (advice := remedy(view.link.name, view.link.settings)):
+        message += f"; {advice}"
+    return last.model_copy(update={"message": message})
 
 
 def _retry_at(view: _View) -> float | None:
@@ -407,7 +430,10 @@ def _retry_at(view: _View) -> float | None:
         return finished[-1] + (0.0 if count == 1 else _backoff(count - 1))
     if not (failures := _failures(view)):  # a success that the store, which is away, cannot confirm
         return None
-    return finished[-1] + _backoff(sum(failure.failure == failures[-1].failure for failure in failures))
+    last = failures[-1].failure
+    if last == "outOfMemory":  # the step down mends it, not the time
+        return finished[-1] + BACKOFF_SECONDS
+    return finished[-1] + _backoff(sum(failure.failure == last for failure in failures))
 
 
 def _backoff(count: int) -> float:
@@ -432,6 +458,7 @@ def _stage_status(view: _View, observed: Observed, suspend: bool, failure: Stage
         metrics=_metrics(view, observed, last),
         failure=reason.failure if reason and not view.exists else None,
         message=message,
+        lowered=told(name, view.link.settings, _out_of_memory(view.counted[:-1])),
     )
 
 
@@ -454,7 +481,7 @@ def _state(
     if view.held and not suspend:
         return "Pending", view.held.message
     if last and last.failure:
-        limit = MAX_ATTEMPTS.get(last.failure.failure, 1)
+        limit = _most_attempts(view, last.failure.failure)
         return "Waiting", f"attempt {last.number} failed, at most {limit} are made: {last.failure.message}"
     return "Waiting", None
 

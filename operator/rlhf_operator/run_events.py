@@ -31,7 +31,8 @@ def _of_stage(before: StageStatus | None, after: StageStatus) -> list[RunEvent]:
     found = []
     if after.attempt > old.attempt and after.state in ("Running", "Pending", "Succeeded", "Failed"):
         if old.attempt and old.failure:
-            found.append(RunEvent("Normal", "Retrying", f"{name}: attempt {after.attempt}, after: {old.message}"))
+            how = f" with {after.lowered}" if after.lowered else ""
+            found.append(RunEvent("Normal", "Retrying", f"{name}: attempt {after.attempt}{how}, after: {old.message}"))
         else:
             found.append(RunEvent("Normal", "StageStarted", f"{name}: attempt {after.attempt}, Job {after.job}"))
     if after.failure and (after.failure, after.attempt, after.message) != (old.failure, old.attempt, old.message):

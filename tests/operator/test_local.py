@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from rlhf_api.errors import UserError
+from rlhf_api.stage import StageConfig
 from rlhf_operator.plan import MAX_ATTEMPTS
 from rlhf_operator.stages import STAGES
 from rlhf_store.artifacts import open_artifacts
@@ -97,6 +98,30 @@ def test_a_stage_that_always_runs_out_of_memory_is_given_up(bench: "Bench") -> N
     assert bench.began() == ["import-model"] * MAX_ATTEMPTS["outOfMemory"]
     assert "memory" in str(status.stages[0].message)
     assert [c.reason for c in status.conditions if c.type == "Failed"] == ["OutOfMemory"]
+
+
+def test_a_stage_out_of_memory_is_given_less_to_hold_until_it_fits(bench: "Bench") -> None:
+    ppo = {"batchSize": 4, "microBatchSize": 4, "rolloutBatchSize": 2}
+    bench.have(*SHORT[:3])
+    bench.misbehave(ppo=["outOfMemory"] * 3)
+    status = bench.run(clock=hurried_clock().__next__, ppo=ppo)
+    assert status.phase == "Succeeded"
+    shown = next(stage for stage in status.stages if stage.name == "ppo")
+    assert shown.lowered == "microBatchSize 1 instead of 4 and rolloutBatchSize 1 instead of 2"
+    folder = bench.home.run_folder("tiny")
+    given = [
+        StageConfig.model_validate_json((folder.attempt_path("ppo", number) / "stage.json").read_bytes())
+        for number in (1, 2, 3, 4)
+    ]
+    ppos = [each.settings.ppo for each in given if each.settings.ppo]
+    sizes = [(each.micro_batch_size, each.rollout_batch_size) for each in ppos]
+    assert sizes == [(4, 2), (2, 2), (1, 2), (1, 1)]
+    assert {str(each.output) for each in given} == {shown.artifact}
+
+    bench.forget()
+    again = bench.run(ppo=ppo)
+    assert bench.states(again)["ppo"] == "Reused"
+    assert bench.began() == []
 
 
 def test_running_again_after_a_failure_continues(bench: "Bench") -> None:

@@ -303,6 +303,11 @@ def status(**stage: Any) -> RunStatus:
             ["Retrying: ppo: attempt 2, after: away"],
         ),
         (
+            status(state="Waiting", attempt=1, failure="outOfMemory", message="out of memory"),
+            status(state="Running", attempt=2, lowered="microBatchSize 4 instead of 8"),
+            ["Retrying: ppo: attempt 2 with microBatchSize 4 instead of 8, after: out of memory"],
+        ),
+        (
             status(state="Running", attempt=1),
             status(state="Succeeded", attempt=1, metrics={"reward": 1.23456}),
             ["StageSucceeded: ppo: reward 1.235"],

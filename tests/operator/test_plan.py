@@ -192,6 +192,65 @@ def test_retries_wait_longer_each_time_and_then_give_up() -> None:
     assert "gave up after 5 attempts" in str(decided.status.stages[0].message)
 
 
+LADDER: dict[str, Any] = {"sft": {"batchSize": 8, "microBatchSize": 4}}
+
+
+def out_of_memory(count: int, stage: str = "sft", **spec: Any) -> tuple[Plan, Link]:
+    """The plan of a run whose stage has run out of memory so often, and the stage's link."""
+    run = resource(**spec)
+    links = {link.name: link for link in chain(run, {})}
+    made = [replace(failed(stage, "outOfMemory", n + 1), digest=links[stage].output.digest) for n in range(count)]
+    have = {str(links[name].output): {} for name in ALL[: ALL.index(stage)]}
+    return plan(run, Observed(artifacts=have, attempts={stage: made}), NOW), links[stage]
+
+
+@pytest.mark.parametrize(("failures", "micro"), [(0, 4), (1, 2), (2, 1)])
+def test_a_stage_out_of_memory_goes_one_step_down_at_the_same_address(failures: int, micro: int) -> None:
+    decided, link = out_of_memory(failures, **LADDER)
+    [action] = decided.actions
+    assert isinstance(action, Start)
+    assert action.link.settings.sft is not None
+    assert (action.number, action.link.settings.sft.micro_batch_size) == (failures + 1, micro)
+    assert action.link.output == link.output
+
+
+def test_a_stage_at_the_foot_of_its_ladder_is_given_up_and_says_what_was_tried_and_what_is_left() -> None:
+    decided, _ = out_of_memory(3, **LADDER)
+    assert (decided.actions, decided.status.phase) == ((), "Failed")
+    shown = next(stage for stage in decided.status.stages if stage.name == "sft")
+    assert "gave up after 3 attempts, the last with microBatchSize 1 instead of 4" in str(shown.message)
+    assert "sft.sequenceLength" in str(shown.message)
+    assert shown.lowered == "microBatchSize 1 instead of 4"
+
+
+@pytest.mark.parametrize("stage", ["merge", "sft"])
+def test_a_stage_with_nothing_to_lower_is_tried_once_more_as_it_is(stage: str) -> None:
+    decided, link = out_of_memory(1, stage)
+    assert decided.actions == (Start(link, 2),)
+    assert out_of_memory(2, stage)[0].status.phase == "Failed"
+
+
+def test_only_failures_of_memory_since_the_asking_step_down_and_they_still_count_after_others() -> None:
+    run = resource(**LADDER)
+    links = {link.name: link for link in chain(run, {})}
+    digest = links["sft"].output.digest
+    have = {str(links[name].output): {} for name in ALL[:5]}
+    made = [
+        replace(failed("sft", "outOfMemory", 1), digest=digest, started=100.0),
+        replace(failed("sft", "infrastructure", 2), digest=digest),
+        replace(failed("sft", "outOfMemory", 3), digest=digest),
+        replace(interrupted("sft", 4), digest=digest),
+        replace(attempt("sft", 5), digest=digest),
+    ]
+    seen = Observed(artifacts=have, attempts={"sft": made[:4]}, asked_at=800.0)
+    [action] = plan(run, seen, NOW).actions
+    assert isinstance(action, Start)
+    assert action.link.settings.sft is not None
+    assert action.link.settings.sft.micro_batch_size == 2
+    shown = next(each for each in plan(run, replace(seen, attempts={"sft": made}), NOW).status.stages if each.attempt)
+    assert (shown.state, shown.lowered) == ("Running", "microBatchSize 2 instead of 4")
+
+
 def test_asking_again_forgives_earlier_failures_but_not_their_numbers() -> None:
     seen = Observed(attempts={"import-model": [failed("import-model", "user")]}, asked_at=960.0)
     assert plan(resource(), seen, NOW).actions == (Start(LINKS["import-model"], 2),)

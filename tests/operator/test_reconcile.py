@@ -11,6 +11,7 @@ from rlhf_api.names import (
     ANNOTATION_STOPPED,
     EXIT_INTERRUPTED,
     LABEL_STAGE,
+    STAGE_NAMES,
 )
 from rlhf_api.stage import Progress, StageFailure, StageResult
 from rlhf_operator.attempts import attempts_of
@@ -182,6 +183,29 @@ def test_failures_are_retried_after_a_while_and_told(world: World) -> None:
     assert len(world.cluster.jobs_) == 2
     assert "Retrying" in world.reasons()
     assert world.status().stages[0].attempt == 2
+
+
+def test_a_pod_killed_for_its_memory_is_followed_by_one_that_holds_less_at_the_same_address(world: World) -> None:
+    run = {"evaluate": {"batchSize": 8}}
+    world.apply(**run)
+    for _ in range(4):
+        world.settle()
+        world.succeed(*(stage for stage in STAGE_NAMES if stage != "evaluate"))
+    world.settle()
+    world.cluster.start_pods()
+    first = world.job("evaluate")
+    world.cluster.end_pod(first, 137, "", "OOMKilled")
+    world.settle()
+    world.cluster.now += 6
+    world.settle()
+    before, after = world.config(first), world.config(world.job("evaluate"))
+    assert after.settings.evaluate is not None
+    assert (after.settings.evaluate.batch_size, after.output) == (4, before.output)
+    told = next(event.message for event in world.cluster.events if event.reason == "Retrying")
+    assert told.startswith("evaluate: attempt 2 with batchSize 4 instead of 8, after: attempt 1 failed")
+    world.finish()
+    assert world.status().phase == "Succeeded"
+    assert world.status().stages[-1].lowered == "batchSize 4 instead of 8"
 
 
 def test_a_pod_that_no_node_takes_is_pending_and_goes_on_when_one_does(world: World) -> None:
