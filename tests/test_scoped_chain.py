@@ -110,7 +110,10 @@ def document(minio: MinioServer, bucket: str, tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_run_needs_its_own_prefix_and_no_more(store: StoreConfig, document: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_needs_its_own_prefix_and_no_more(
+    store: StoreConfig, document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which is faster on a model as small as this
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(document))
     rlhf = Path(sys.executable).with_name("rlhf")
     done = subprocess.run(
