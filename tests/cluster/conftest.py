@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,10 @@ from release import BUCKET, Release, reviews
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "hack" / "cluster"
 BIN = ROOT / ".cache" / "cluster" / "bin"
+
+# What kubectl says of an API server that is about to come back: tests of other things do not depend on such moments.
+AWAY = ("was refused", "TLS handshake timeout", "unexpected EOF", "connection reset", "etcdserver: leader changed")
+AWAY_SECONDS = 60
 
 Kubectl = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -144,7 +149,13 @@ def kubectl_of(kubeconfig: Path) -> Kubectl:
 
     def kubectl(*arguments: str | Path, stdin: Any = None, check: bool = True) -> "subprocess.CompletedProcess[str]":
         text = stdin if stdin is None or isinstance(stdin, str) else yaml.safe_dump(stdin)
-        done = subprocess.run(["kubectl", *arguments], input=text, env=environment, text=True, capture_output=True)
+        deadline = time.monotonic() + AWAY_SECONDS
+        while True:
+            done = subprocess.run(["kubectl", *arguments], input=text, env=environment, text=True, capture_output=True)
+            away = done.returncode and any(words in done.stderr for words in AWAY)
+            if not away or time.monotonic() > deadline:
+                break
+            time.sleep(1)
         if check and done.returncode:
             raise AssertionError(f"kubectl {' '.join(map(str, arguments))}: {done.stderr}")
         return done

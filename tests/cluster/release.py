@@ -191,6 +191,19 @@ class Release:
         [pod] = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
         return str(pod["metadata"]["name"])
 
+    def on_node(self, node: str, *command: str, check: bool = True) -> str:
+        """What a command prints that runs as root on a node; kind's clusters only."""
+        environment = {**os.environ, "KUBECONFIG": str(self.kubeconfig)}
+        script = ROOT / "hack" / "cluster" / "on-node.sh"
+        done = subprocess.run([script, node, *command], env=environment, text=True, capture_output=True)
+        assert not check or done.returncode == 0, done.stderr
+        return done.stdout
+
+    def node_condition(self, node: str, kind: str = "Ready") -> str:
+        """True, False or Unknown, as the node's conditions say."""
+        found = self.get("node", node)["status"]["conditions"]
+        return str(next(each["status"] for each in found if each["type"] == kind))
+
     def kill_operator(self) -> None:
         """End the operator as SIGKILL does; its Deployment makes another."""
         self.kubectl("delete", "pod", "-l", "app.kubernetes.io/component=operator", "--grace-period=0", "--force")

@@ -50,7 +50,7 @@ def test_the_operator_may_die_at_any_moment(release: Release, expected: dict[str
     assert release.contents("killed") == expected
 
 
-def test_pods_the_store_and_the_api_server_may_go_away(release: Release, expected: dict[str, str]) -> None:
+def test_pods_and_the_store_may_go_away(release: Release, expected: dict[str, str]) -> None:
     release.apply("lost", elsewhere("lost"))
     # The store goes in the middle of the imports' uploads, and comes back.
     release.running_pod("lost", "import-model")
@@ -79,6 +79,37 @@ def test_pods_the_store_and_the_api_server_may_go_away(release: Release, expecte
     jobs = release.jobs("lost")
     assert {stage: len(jobs[stage]) >= 2 for stage in TRAINED} == dict.fromkeys(TRAINED, True), jobs
     assert release.contents("lost") == expected
+
+
+def test_the_api_server_may_be_killed_while_a_stage_trains(release: Release, expected: dict[str, str]) -> None:
+    release.apply("restarted", elsewhere("restarted"))
+    [server] = [
+        node["metadata"]["name"] for node in release.get("nodes", "-l", "node-role.kubernetes.io/control-plane")
+    ]
+    for stage in ("sft", "ppo"):
+        release.training_pod("restarted", stage, CHAIN_SECONDS)
+        release.on_node(server, "pkill", "-KILL", "kube-apiserver")
+    release.wait("restarted", timeout=CHAIN_SECONDS)
+    assert release.jobs("restarted") == {stage: [1] for stage in STAGES}
+    assert release.contents("restarted") == expected
+
+
+def test_a_node_may_be_lost_and_found(release: Release, expected: dict[str, str]) -> None:
+    release.apply("cut-off", tiny_spec(ppo={"klCoefficient": 0.07, "episodes": 64}))
+    pod = release.training_pod("cut-off", "ppo", CHAIN_SECONDS)
+    node = release.get("pod", pod)["spec"]["nodeName"]
+    release.on_node(node, "systemctl", "stop", "kubelet")
+    try:
+        # The node goes silent, and what ran there dies unseen.
+        release.on_node(node, "pkill", "-KILL", "-f", "rlhf_pipeline")
+        release.until(lambda: release.node_condition(node) == "Unknown", 120)
+        assert release.status("cut-off")["phase"] == "Running"
+        assert release.jobs("cut-off")["ppo"] == [1]
+    finally:
+        release.on_node(node, "systemctl", "start", "kubelet")
+    release.until(lambda: release.node_condition(node) == "True", 120)
+    release.wait("cut-off", timeout=CHAIN_SECONDS)
+    assert release.jobs("cut-off")["ppo"] == [1, 2]
 
 
 def test_suspended_and_deleted_in_every_stage(release: Release, expected: dict[str, str]) -> None:
