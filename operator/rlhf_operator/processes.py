@@ -14,6 +14,7 @@ from rlhf_api.stage import StageFailure, StageResult
 from rlhf_operator import tether
 from rlhf_operator.run_folder import LOG_FILE, signal_group
 
+VMSTAT: Final = Path("/proc/vmstat")
 THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 # On a CPU the large tensors of one step come and go with the next: glibc keeps their pages instead of faulting them in
 # anew each time, which takes a fifth of a training step.
@@ -34,6 +35,7 @@ class Process:
         self, command: Sequence[str], path: Path, work: Path, lock: IO[str], number: int, threads: int, gpu: bool
     ) -> None:
         self.number, self.log = number, path / LOG_FILE
+        self._memory_kills = memory_kills(VMSTAT)
         arguments = ["--config", path / STAGE_CONFIG_FILE, "--work", work, "--result", path / STAGE_RESULT_FILE]
         defaults = dict.fromkeys(THREAD_VARIABLES, str(threads)) | ({} if gpu else CPU_VARIABLES)
         with lock, self.log.open("w") as log:
@@ -76,8 +78,12 @@ class Process:
         failure: FailureClass = names.get(code, "bug")
         message = f"exited with code {code} and left no result"
         if code == -signal.SIGKILL:
-            failure = "outOfMemory"
-            message = "was killed (SIGKILL): most often the kernel does that when memory runs out; use smaller batches"
+            if memory_kills(VMSTAT) > self._memory_kills:
+                failure = "outOfMemory"
+                message = "out of host memory: the kernel killed it (SIGKILL); use smaller batches"
+            else:
+                failure = "infrastructure"
+                message = "was killed (SIGKILL) by someone other than the kernel's memory killer"
         elif code < 0:
             message = f"died of {signal.Signals(-code).name}"
         if last := self._last_line():
@@ -89,3 +95,12 @@ class Process:
             log.seek(max(0, self.log.stat().st_size - 4096))
             lines = [line.strip() for line in log.read().decode(errors="replace").splitlines()]
         return next((line[:300] for line in reversed(lines) if line), "")
+
+
+def memory_kills(vmstat: Path) -> int:
+    """How many processes of this machine the kernel ever killed for memory; 0 where it does not say."""
+    try:
+        counts = dict(line.split() for line in vmstat.read_text().splitlines())
+    except (OSError, ValueError):  # not Linux, or not this format
+        return 0
+    return int(counts.get("oom_kill", 0))

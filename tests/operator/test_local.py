@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from rlhf_api.errors import UserError
+from rlhf_api.run import RunStatus
 from rlhf_api.stage import StageConfig
 from rlhf_operator.plan import MAX_ATTEMPTS
 from rlhf_operator.stages import STAGES
@@ -91,7 +92,35 @@ def test_what_a_retry_can_mend_is_retried_and_what_is_committed_stays(bench: "Be
     assert next(stage for stage in status.stages if stage.name == "import-prompts").attempt == 4
 
 
-def test_a_stage_that_always_runs_out_of_memory_is_given_up(bench: "Bench") -> None:
+@pytest.mark.parametrize(
+    ("word", "counted", "failure", "told"),
+    [
+        ("starved", "pgfault 9\noom_kill 3\n", "outOfMemory", "out of host memory"),
+        ("killed", "pgfault 9\noom_kill 3\n", "infrastructure", "someone other than the kernel's memory killer"),
+        ("killed", None, "infrastructure", "someone other than the kernel's memory killer"),
+        ("killed", "pgfault 9\n", "infrastructure", "someone other than the kernel's memory killer"),
+        ("killed", "no counts at all\n", "infrastructure", "someone other than the kernel's memory killer"),
+    ],
+)
+def test_a_killed_process_ran_out_of_memory_only_if_the_kernel_says_so(
+    bench: "Bench", monkeypatch: pytest.MonkeyPatch, word: str, counted: str | None, failure: str, told: str
+) -> None:
+    vmstat = bench.script.with_suffix(".vmstat")
+    if counted is not None:
+        vmstat.write_text(counted)
+    monkeypatch.setattr("rlhf_operator.processes.VMSTAT", vmstat)
+    bench.misbehave(import_model=[word])
+    shown: list[RunStatus] = []
+    runner = bench.runner(hurried_clock().__next__)
+    assert runner.run(lambda status, _: shown.append(status)).phase == "Succeeded"
+    failures = [s.stages[0] for s in shown if s.stages[0].failure]
+    assert {stage.failure for stage in failures} == {failure}
+    assert told in str(failures[0].message)
+
+
+def test_a_stage_that_always_runs_out_of_memory_is_given_up(bench: "Bench", monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = itertools.count()
+    monkeypatch.setattr("rlhf_operator.processes.memory_kills", lambda _: next(counts))
     bench.misbehave(import_model=["killed"] * 9)
     status = bench.run(clock=hurried_clock().__next__)
     assert status.phase == "Failed"

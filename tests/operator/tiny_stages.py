@@ -2,8 +2,9 @@
 
 Each stage counts to ten and commits a real artifact. `--script FILE` is a JSON object of stage -> list, one word an
 attempt, of what goes wrong: user, gate, infrastructure, outOfMemory, bug (a result with that failure), crash (no
-result), killed, segfault, lie (claims success without an artifact), slow (counts to 400), deaf (so too, and ignores
-SIGTERM), environment (fails, saying what it was given) or fine. Every attempt appends a line to FILE.log.
+result), killed, starved (so too, and FILE.vmstat counts it as the kernel's), segfault, lie (claims success without an
+artifact), slow (counts to 400), deaf (so too, and ignores SIGTERM), environment (fails, saying what it was given) or
+fine. Every attempt appends a line to FILE.log.
 """
 
 import argparse
@@ -53,6 +54,9 @@ def main() -> int:
     match word:
         case "crash":
             sys.exit("the sky fell")
+        case "starved":
+            options.script.with_suffix(".vmstat").write_text("pgfault 9\noom_kill 4\n")
+            os.kill(os.getpid(), signal.SIGKILL)
         case "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         case "segfault":
