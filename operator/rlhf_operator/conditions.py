@@ -49,14 +49,23 @@ def valid(invalid: str | None) -> Condition:
     return _condition("Valid", invalid is None, "Checked" if invalid is None else "Rejected", invalid or "")
 
 
-def store_ready(problem: str | None, asked: bool) -> Condition:
-    """Whether the object store answers; Unknown where only the stages have its credentials."""
+def store_ready(
+    problem: str | None, asked: bool, answer_seconds: float | None = None, before: RunStatus | None = None
+) -> Condition:
+    """Whether the object store answers; Unknown where only the stages have its credentials.
+
+    The time it took to answer is said once, until it fails: a status is not written for each measurement.
+    """
     if problem is not None:
         return _condition("StoreReady", False, "Unavailable", problem)
     if not asked:
         message = "only the stages have the credentials of spec.objectStore; what they report is believed"
         return Condition(type="StoreReady", status="Unknown", reason="NotAsked", message=message)
-    return _condition("StoreReady", True, "Answered")
+    old = next((each for each in before.conditions if each.type == "StoreReady"), None) if before else None
+    if old is not None and old.status == "True" and old.message:
+        return _condition("StoreReady", True, "Answered", old.message)
+    answers = "" if answer_seconds is None else f"answers in {max(1, round(answer_seconds * 1000))} ms"
+    return _condition("StoreReady", True, "Answered", answers)
 
 
 def progressing(phase: Phase, stages: Sequence[StageStatus], hold: Hold | None) -> Condition:

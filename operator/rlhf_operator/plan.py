@@ -81,6 +81,8 @@ class Observed:
     """Why the store could not be asked. `artifacts` is then what was known before, and nothing new starts."""
     store_asked: bool = True
     """False where only the stages have the store's credentials; `artifacts` is then what they reported."""
+    store_answer_seconds: float | None = None
+    """How long the store took to answer, if that was measured."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Stage -> why no attempt of it can ever be made, such as a pod template that makes no pod."""
     held: Mapping[str, Hold] = field(default_factory=dict)
@@ -171,7 +173,9 @@ def plan(run: RLHFRun, observed: Observed, now: float) -> Plan:
     current = next((stage for stage in stages if stage.state in UNFINISHED), None)
     found = [
         conditions.valid(invalid),
-        conditions.store_ready(observed.store_problem, observed.store_asked),
+        conditions.store_ready(
+            observed.store_problem, observed.store_asked, observed.store_answer_seconds, observed.status
+        ),
         memory.condition,
         conditions.progressing(phase, stages, _hold(views, observed)),
         conditions.succeeded(phase),

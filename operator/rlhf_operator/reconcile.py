@@ -191,6 +191,7 @@ class Reconciler:
             status=run.status,
             store_problem=store.problem,
             store_asked=store.asked,
+            store_answer_seconds=store.answer_seconds,
             refused=dict(memory.refused),
             held=dict(memory.held),
             fork=fork,

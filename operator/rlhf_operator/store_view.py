@@ -3,11 +3,12 @@
 import threading
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from rlhf_api.errors import RLHFError
+from rlhf_api.errors import RLHFError, StoreError
 from rlhf_api.run import ObjectStore, RLHFRun, RunStatus
 from rlhf_api.stage import ArtifactRef, StoreConfig
 from rlhf_operator.local import observe_store
@@ -20,6 +21,8 @@ PROBE_SECONDS: Final = 300.0  # that a store which took a write is believed to t
 PROBLEM_SECONDS: Final = 10.0  # that a store which failed one run is not asked for another
 PATIENCE: Final = 5.0  # seconds for an answer: others wait behind it
 PROBE: Final = "probe/"
+MAX_STORES: Final = 64  # whose clients are kept; one used again after that is opened and proved anew
+MAX_RUNS: Final = 4096  # whose artifacts are kept; those of one that was deleted at work are never asked for again
 
 Figures = Mapping[str, Mapping[str, float]]
 """kind/digest -> the figures of an artifact."""
@@ -32,6 +35,19 @@ class StoreSeen:
     artifacts: Figures
     problem: str | None = None
     asked: bool = True
+    answer_seconds: float | None = None
+    """That it took the store to answer a small write, when it was first proved."""
+
+
+@dataclass
+class _Store:
+    """What is known of one store."""
+
+    artifacts: Artifacts | None = None
+    proved: float | None = None
+    answer_seconds: float | None = None
+    failed: float | None = None
+    problem: str = ""
 
 
 class StoreView:
@@ -43,10 +59,8 @@ class StoreView:
     def __init__(self, settings: OperatorSettings, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._settings, self._monotonic = settings, monotonic
         self._lock = threading.Lock()
-        self._stores: dict[str, Artifacts] = {}
-        self._proved: dict[str, float] = {}
-        self._problems: dict[str, tuple[float, str]] = {}
-        self._found: dict[str, tuple[object, Figures]] = {}
+        self._stores: OrderedDict[str, _Store] = OrderedDict()
+        self._found: OrderedDict[str, tuple[object, Figures]] = OrderedDict()
 
     def look(self, run: RLHFRun, attempts: Mapping[str, Sequence[Attempt]]) -> StoreSeen:
         """What is known of the run's artifacts now. A store that fails is a problem in the answer, never an error."""
@@ -59,26 +73,28 @@ class StoreView:
             run.status.taken if run.status else {},
             [(stage, a.number) for stage in attempts for a in attempts[stage] if a.finished],
         )
+        store = self._settings.store_of(run.spec.object_store)
         with self._lock:
             before = self._found.get(uid)
+            of_store = self._of(store)
         if before is not None and before[0] == token:
-            return StoreSeen(before[1])
-        store = self._settings.store_of(run.spec.object_store)
+            return StoreSeen(before[1], answer_seconds=of_store.answer_seconds)
         known = dict(before[1]) if before else known_of(run.status)
-        if (problem := self._problem(store)) is not None:
+        if (problem := self._problem(of_store)) is not None:
             return StoreSeen(known, problem)
         try:
             artifacts = self._opened(store)
-            self._prove(store, artifacts)
+            self._prove(of_store, artifacts)
             found = observe_store(chain(run, {}), artifacts)
         except RLHFError as error:
             with self._lock:
-                self._problems[str(store)] = (self._monotonic(), str(error))
-                self._proved.pop(str(store), None)
+                of_store.failed, of_store.problem = self._monotonic(), str(error)
+                of_store.proved = of_store.answer_seconds = None
             return StoreSeen(known, str(error))
         with self._lock:
             self._found[uid] = (token, found)
-        return StoreSeen(found)
+            _keep_newest(self._found, uid, MAX_RUNS)
+        return StoreSeen(found, answer_seconds=of_store.answer_seconds)
 
     def remove(self, asked: ObjectStore, refs: Sequence[ArtifactRef]) -> None:
         """Delete artifacts. Does nothing where only the stages have the credentials. Raises StoreError."""
@@ -92,28 +108,52 @@ class StoreView:
         with self._lock:
             self._found.pop(uid, None)
 
-    def _problem(self, store: StoreConfig) -> str | None:
+    def _of(self, store: StoreConfig) -> _Store:
+        """What is known of a store. To be called with the lock held."""
+        found = self._stores.setdefault(str(store), _Store())
+        _keep_newest(self._stores, str(store), MAX_STORES)
+        return found
+
+    def _problem(self, store: _Store) -> str | None:
         with self._lock:
-            since, problem = self._problems.get(str(store), (0.0, ""))
-            return problem if problem and self._monotonic() - since < PROBLEM_SECONDS else None
+            recent = store.failed is not None and self._monotonic() - store.failed < PROBLEM_SECONDS
+            return store.problem if recent else None
 
     def _opened(self, store: StoreConfig) -> Artifacts:
         with self._lock:
-            if (found := self._stores.get(str(store))) is None:
-                found = self._stores[str(store)] = open_artifacts(store, PATIENCE)
-            return found
+            found = self._of(store)
+            if found.artifacts is None:
+                found.artifacts = open_artifacts(store, PATIENCE)
+            return found.artifacts
 
-    def _prove(self, store: StoreConfig, artifacts: Artifacts) -> None:
+    def _prove(self, store: _Store, artifacts: Artifacts) -> None:
         """Write and remove a small object, as a stage will: credentials, bucket, space, one winner of two writers."""
         with self._lock:
-            if self._monotonic() - self._proved.get(str(store), -PROBE_SECONDS) < PROBE_SECONDS:
+            if store.proved is not None and self._monotonic() - store.proved < PROBE_SECONDS:
                 return
-        key = f"{PROBE}{uuid.uuid4().hex}"
-        artifacts.objects.put(key, b"probe", if_none_match=True)
-        artifacts.objects.delete([key])
+        objects, key = artifacts.objects, f"{PROBE}{uuid.uuid4().hex}"
+        objects.put(key, b"probe", if_none_match=True)  # False if it is a repetition: the first answer was lost
+        began = self._monotonic()
+        taken_twice = objects.put(key, b"probe", if_none_match=True)
+        answered = self._monotonic() - began
+        objects.delete([key])
+        if taken_twice:
+            raise StoreError(
+                f"store {objects.url}: it took a second write with If-None-Match: * of one key, so it cannot decide "
+                "between two writers of one artifact; use a store that honours conditional writes (AWS S3, MinIO, "
+                "Ceph, SeaweedFS, RustFS), or let no proxy in between drop that header"
+            )
         with self._lock:
-            self._proved[str(store)] = self._monotonic()
-            self._problems.pop(str(store), None)
+            store.proved, store.failed = self._monotonic(), None
+            if store.answer_seconds is None:
+                store.answer_seconds = answered
+
+
+def _keep_newest[T](kept: OrderedDict[str, T], used: str, most: int) -> None:
+    """Drop what was not used for longest where there is more than `most`."""
+    kept.move_to_end(used)
+    while len(kept) > most:
+        kept.popitem(last=False)
 
 
 def known_of(status: RunStatus | None) -> dict[str, Mapping[str, float]]:
