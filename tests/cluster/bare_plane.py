@@ -1,6 +1,7 @@
 """A Kubernetes API with controllers and scheduler but no nodes, and the operator as a process beside it."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -184,8 +185,10 @@ def drop_lease(api: KubernetesApi, namespace: str) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    listening = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in listening]
-    for each in listening:
-        each.close()
-    return ports
+    """Below those that the kernel gives to connections, one of which might take it before the operator does."""
+    found: set[int] = set()
+    while len(found) < count:
+        port = random.randrange(15000, 32000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            found.add(port)
+    return list(found)

@@ -35,7 +35,7 @@ class Between:
         self.writes: list[str] = []
         self.kill: Callable[[], None] = lambda: None
         self.kill_at: tuple[int, Literal["before", "after"]] | None = None
-        """Call `kill` before or after the API server gets the write of this number, counted from 1."""
+        """Call `kill` before or after the API server gets the write of this number, counted from 1; once."""
         self._lock = threading.Lock()
         self._answers = threading.Event()
         self._answers.set()
@@ -104,6 +104,7 @@ class Between:
         """Whether the operator is to be killed here; it then is."""
         if number == 0 or self.kill_at != (number, when):
             return False
+        self.kill_at = None
         self.kill()
         return True
 
