@@ -308,6 +308,11 @@ class GPU(Section):
         "24Gi", description="Memory of one GPU, such as 24Gi. On a larger card a stage keeps within it."
     )
     count: Natural = Field(1, description="GPUs a stage. 0: run on the CPU.")
+    shorten_on_out_of_memory: bool = Field(
+        False,
+        description="Where smaller batches did not help, halve sft.sequenceLength, reward.sequenceLength or "
+        "ppo.responseTokens, down to 64. That changes what is learnt: the artifacts are those of the shorter lengths.",
+    )
 
 
 class Placement(Section):

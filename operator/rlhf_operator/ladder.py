@@ -2,10 +2,11 @@
 
 A step halves one size. Micro-batches and the number of rows decoded together change what memory holds and not what is
 learnt: gradients are the same to rounding, and samples are other draws of one distribution. So the artifact keeps the
-address that the spec gives it. No I/O.
+address that the spec gives it. Lengths do change what is learnt: they are halved last, only where the run allows it,
+and the artifact's address is that of the shorter length. No I/O.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,6 +23,13 @@ SIZES: Final[Mapping[str, tuple[tuple[str, str], ...]]] = {
     "ppo": (("ppo", "micro_batch_size"), ("ppo", "rollout_batch_size")),
     "evaluate": (("evaluate", "batch_size"), ("ppo", "micro_batch_size")),
 }
+# Stage -> the length that is halved after them, where the run allows it.
+LENGTHS: Final[Mapping[str, tuple[str, str]]] = {
+    "sft": ("sft", "sequence_length"),
+    "reward": ("reward", "sequence_length"),
+    "ppo": ("ppo", "response_tokens"),
+}
+SHORTEST: Final = 64  # tokens: below that little is left to learn
 # What else a person can change, when no step is left.
 REMEDIES: Final[Mapping[str, str]] = {
     "sft": "lower sft.sequenceLength or lora.rank, use quantization.type nf4, or give it more memory",
@@ -39,28 +47,36 @@ class Step:
     before: int
     after: int
     settings: StageSettings
+    shortens: bool = False
+    """Whether it changes what is learnt, and with it the address."""
 
 
-def ladder(stage: str, settings: StageSettings) -> tuple[Step, ...]:
-    """Every step down from `settings`, at most MAX_STEPS; none for a stage that has no such size, or only ones of 1."""
+def ladder(stage: str, settings: StageSettings, shorten: bool) -> tuple[Step, ...]:
+    """Every step down from `settings`, at most MAX_STEPS; none for a stage that has no such size, or only ones of 1.
+
+    `shorten`: whether lengths may be halved after the sizes.
+    """
     steps: list[Step] = []
     for section, field in SIZES.get(stage, ()):
         while len(steps) < MAX_STEPS and (step := _halved(settings, section, field)) is not None:
             steps.append(step)
             settings = step.settings
+    if shorten and stage in LENGTHS and _counts(settings, LENGTHS[stage][0]):
+        while len(steps) < MAX_STEPS and (step := _shortened(settings, *LENGTHS[stage])) is not None:
+            steps.append(step)
+            settings = step.settings
     return tuple(steps)
 
 
-def stepped_down(stage: str, settings: StageSettings, count: int) -> StageSettings:
-    """`settings` after `count` steps, or after the last one if there are fewer."""
-    steps = ladder(stage, settings)[:count]
-    return steps[-1].settings if steps else settings
+def stepped_down(steps: Sequence[Step], settings: StageSettings, count: int) -> StageSettings:
+    """`settings` after the first `count` steps, or after the last one if there are fewer."""
+    return steps[:count][-1].settings if steps[:count] else settings
 
 
-def told(stage: str, settings: StageSettings, count: int) -> str | None:
-    """What `count` steps changed, such as `microBatchSize 1 instead of 8`; None if nothing."""
+def told(steps: Sequence[Step], count: int) -> str | None:
+    """What the first `count` steps changed, such as `microBatchSize 1 instead of 8`; None if nothing."""
     sizes: dict[str, tuple[int, int]] = {}
-    for step in ladder(stage, settings)[:count]:
+    for step in steps[:count]:
         sizes[step.size] = (sizes.get(step.size, (step.before, 0))[0], step.after)
     return " and ".join(f"{size} {now} instead of {first}" for size, (first, now) in sizes.items()) or None
 
@@ -87,6 +103,15 @@ def _halved(settings: StageSettings, section: str, field: str) -> Step | None:
     changed[field] = next(size for size in range(now // 2, 0, -1) if now % size == 0)
     after = settings.model_copy(update={section: sizes.model_copy(update=changed)})
     return Step(to_camel(field), now, changed[field], after)
+
+
+def _shortened(settings: StageSettings, section: str, field: str) -> Step | None:
+    part: Section | None = getattr(settings, section)
+    now: int = getattr(part, field) if part else 0
+    if part is None or now // 2 < SHORTEST:
+        return None
+    after = settings.model_copy(update={section: part.model_copy(update={field: now // 2})})
+    return Step(to_camel(field), now, now // 2, after, shortens=True)
 
 
 def _counts(settings: StageSettings, section: str) -> bool:

@@ -16,11 +16,11 @@ from types import FrameType
 from typing import Any, Final
 
 from rlhf_api.errors import UserError
-from rlhf_api.run import Phase, RLHFRun, RunStatus
+from rlhf_api.run import Phase, RLHFRun, RunStatus, Section
 from rlhf_api.stage import StoreConfig
 from rlhf_operator.fingerprints import fingerprints
 from rlhf_operator.forks import forked
-from rlhf_operator.plan import Attempt, Observed, Plan, Start, Stop, plan
+from rlhf_operator.plan import Attempt, Observed, Plan, Start, Stop, plan, shortened
 from rlhf_operator.processes import Process
 from rlhf_operator.run_folder import RunFolder
 from rlhf_operator.stages import STAGES, Link, chain
@@ -99,6 +99,7 @@ class LocalRunner:
         self._found: dict[str, dict[str, float]] = {}
         self._unknown: set[str] = {stage.name for stage in STAGES}
         """Stages whose artifact may have appeared since the store was last asked."""
+        self._lengths: list[Section] = []
         self._fingerprints: dict[str, str] = {}
         self._asked_at = 0.0
         self._signals = 0
@@ -130,13 +131,17 @@ class LocalRunner:
         for stage, process in list(self._processes.items()):
             if (code := process.poll()) is not None:
                 self._close(stage, process, code)
-        links = [link for link in chain(self.run_resource, self._fingerprints) if link.name in self._unknown]
+        attempts = {stage.name: self.folder.attempts(stage.name) for stage in STAGES}
+        run = shortened(self.run_resource, self._fingerprints, attempts, self._asked_at)
+        if (lengths := [run.spec.sft, run.spec.reward, run.spec.ppo]) != self._lengths:  # so are the addresses
+            self._lengths, self._unknown = lengths, {stage.name for stage in STAGES}
+        links = [link for link in chain(run, self._fingerprints) if link.name in self._unknown]
         self._found |= observe_store(links, self._artifacts)
         self._unknown.clear()
         return Observed(
             fingerprints=self._fingerprints,
             artifacts=dict(self._found),
-            attempts={stage.name: self.folder.attempts(stage.name) for stage in STAGES},
+            attempts=attempts,
             asked_at=self._asked_at,
             status=self.folder.status(),
         )

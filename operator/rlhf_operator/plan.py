@@ -13,11 +13,11 @@ from rlhf_api.errors import RETRIED, FailureClass
 from rlhf_api.names import EXIT_INTERRUPTED
 from rlhf_api.rules import misfits, problems
 from rlhf_api.run import RLHFRun, RunStatus, StageState, StageStatus
-from rlhf_api.stage import Progress, StageFailure, StageResult
+from rlhf_api.stage import Progress, StageFailure, StageResult, StageSettings
 from rlhf_operator import conditions
 from rlhf_operator.conditions import Hold, stamp, unix_time
 from rlhf_operator.figures import duration
-from rlhf_operator.ladder import ladder, remedy, stepped_down, told
+from rlhf_operator.ladder import LENGTHS, Step, ladder, remedy, stepped_down, told
 from rlhf_operator.memory_check import MemoryCheck, check_memory
 from rlhf_operator.stages import Fingerprints, Link, chain
 
@@ -130,7 +130,9 @@ class _View:
     exists: bool
     ready: bool
     attempts: Sequence[Attempt]  # all of them
-    counted: Sequence[Attempt]  # those that wrote to this output since somebody asked
+    counted: Sequence[Attempt]  # those that wrote to this output, or to that of a longer length, since somebody asked
+    asked: StageSettings  # before any length was halved
+    steps: Sequence[Step]  # down from there
     store_known: bool
     refused: str | None
     held: Hold | None
@@ -247,13 +249,49 @@ def rejected(name: str, generation: int | None, message: str, before: RunStatus 
     )
 
 
+def shortened(
+    run: RLHFRun, fingerprints: Fingerprints, attempts: Mapping[str, Sequence[Attempt]], asked: float
+) -> RLHFRun:
+    """The run with the lengths that memory leaves it, where its spec allows that: the one whose chain is made."""
+    return _shortened(run, fingerprints, attempts, asked)[0]
+
+
+def _shortened(
+    run: RLHFRun, fingerprints: Fingerprints, attempts: Mapping[str, Sequence[Attempt]], asked: float
+) -> tuple[RLHFRun, dict[str, set[str]]]:
+    """Of each stage with a length also the digests of its output at every length tried."""
+    tried: dict[str, set[str]] = {}
+    if not run.spec.gpu.shorten_on_out_of_memory:
+        return run, tried
+    for name, (section, field_name) in LENGTHS.items():
+        made = [attempt for attempt in attempts.get(name, ()) if attempt.started >= asked]
+        link = _link(run, fingerprints, name)
+        tried[name] = {link.output.digest}
+        for number, step in enumerate(ladder(name, link.settings, True), 0):
+            if not step.shortens:
+                continue
+            if _out_of_memory(attempt for attempt in made if attempt.digest in tried[name]) <= number:
+                break
+            part = getattr(run.spec, section).model_copy(update={field_name: step.after})
+            run = run.model_copy(update={"spec": run.spec.model_copy(update={section: part})})
+            tried[name].add(_link(run, fingerprints, name).output.digest)
+    return run, tried
+
+
+def _link(run: RLHFRun, fingerprints: Fingerprints, name: str) -> Link:
+    return next(link for link in chain(run, fingerprints) if link.name == name)
+
+
 def _views(run: RLHFRun, observed: Observed) -> list[_View]:
-    links = chain(run, observed.fingerprints)
+    asked_for = {link.name: link.settings for link in chain(run, observed.fingerprints)}
+    short, tried = _shortened(run, observed.fingerprints, observed.attempts, observed.asked_at)
+    links = chain(short, observed.fingerprints)
     needed = _needed(links, observed.artifacts)
     views = []
     for link in links:
         attempts = observed.attempts.get(link.name, ())
-        digest = link.output.digest
+        digests = {link.output.digest} | tried.get(link.name, set())
+        asked = asked_for[link.name] if link.name in LENGTHS else link.settings
         views.append(
             _View(
                 link=link,
@@ -261,7 +299,9 @@ def _views(run: RLHFRun, observed: Observed) -> list[_View]:
                 exists=str(link.output) in observed.artifacts or (link.taken and not observed.store_asked),
                 ready=all(str(ref) in observed.artifacts for ref in link.inputs.values()),
                 attempts=attempts,
-                counted=[a for a in attempts if a.digest == digest and a.started >= observed.asked_at],
+                counted=[a for a in attempts if a.digest in digests and a.started >= observed.asked_at],
+                asked=asked,
+                steps=ladder(link.name, asked, run.spec.gpu.shorten_on_out_of_memory),
                 store_known=observed.store_problem is None,
                 refused=observed.refused.get(link.name),
                 held=observed.held.get(link.name),
@@ -372,7 +412,7 @@ def _next_number(view: _View) -> int:
 
 def _next_link(view: _View) -> Link:
     """The link with the settings of its next attempt: one step down for each that ran out of memory."""
-    settings = stepped_down(view.link.name, view.link.settings, _out_of_memory(view.counted))
+    settings = stepped_down(view.steps, view.asked, _out_of_memory(view.counted))
     return replace(view.link, settings=settings)
 
 
@@ -383,7 +423,7 @@ def _out_of_memory(attempts: Iterable[Attempt]) -> int:
 def _most_attempts(view: _View, failure: FailureClass) -> int:
     """After so many failures of this class the stage is given up."""
     most = MAX_ATTEMPTS.get(failure, 1)
-    return max(most, 1 + len(ladder(view.link.name, view.link.settings))) if failure == "outOfMemory" else most
+    return max(most, 1 + len(view.steps)) if failure == "outOfMemory" else most
 
 
 def _failures(view: _View) -> list[StageFailure]:
@@ -412,7 +452,7 @@ def _final_failure(view: _View) -> StageFailure | None:
     count = sum(failure.failure == last.failure for failure in failures)
     if count < _most_attempts(view, last.failure):
         return None
-    tried = told(view.link.name, view.link.settings, count - 1) if last.failure == "outOfMemory" else None
+    tried = told(view.steps, count - 1) if last.failure == "outOfMemory" else None
     how = f", the last with {tried}" if tried else ""
     message = f"{last.message} (gave up after {count} attempts{how})"
     if last.failure == "outOfMemory" and (advice := remedy(view.link.name, view.link.settings)):
@@ -462,7 +502,7 @@ def _stage_status(view: _View, observed: Observed, suspend: bool, failure: Stage
         metrics=_metrics(view, observed, last),
         failure=reason.failure if reason and not view.exists else None,
         message=message,
-        lowered=told(name, view.link.settings, _out_of_memory(view.counted[:-1])),
+        lowered=told(view.steps, _out_of_memory(view.counted[:-1])),
     )
 
 

@@ -182,12 +182,13 @@ class Reconciler:
         pods = [pod for pod in pods if _owner(pod) in mine]
         self._ask_pods(pods, memory, now)
         attempts = attempts_of(jobs, pods, memory.progress, now)
-        store = self._store.look(run, attempts)
         every = [attempt for made in attempts.values() for attempt in made]
+        asked = asked_at(run, run.status, every, now)
+        store = self._store.look(run, attempts, asked)
         return Observed(
             artifacts=store.artifacts,
             attempts=attempts,
-            asked_at=asked_at(run, run.status, every, now),
+            asked_at=asked,
             status=run.status,
             store_problem=store.problem,
             store_asked=store.asked,

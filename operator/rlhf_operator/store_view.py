@@ -13,7 +13,7 @@ from rlhf_api.run import ObjectStore, RLHFRun, RunStatus
 from rlhf_api.stage import ArtifactRef, StoreConfig
 from rlhf_operator.local import observe_store
 from rlhf_operator.operator_settings import OperatorSettings
-from rlhf_operator.plan import Attempt
+from rlhf_operator.plan import Attempt, shortened
 from rlhf_operator.stages import chain
 from rlhf_store.artifacts import Artifacts, open_artifacts
 
@@ -62,7 +62,7 @@ class StoreView:
         self._stores: OrderedDict[str, _Store] = OrderedDict()
         self._found: OrderedDict[str, tuple[object, Figures]] = OrderedDict()
 
-    def look(self, run: RLHFRun, attempts: Mapping[str, Sequence[Attempt]]) -> StoreSeen:
+    def look(self, run: RLHFRun, attempts: Mapping[str, Sequence[Attempt]], asked_at: float) -> StoreSeen:
         """What is known of the run's artifacts now. A store that fails is a problem in the answer, never an error."""
         if not self._settings.can_ask(run.spec.object_store):
             return StoreSeen({**known_of(run.status), **_reported(attempts)}, asked=False)
@@ -72,6 +72,7 @@ class StoreView:
             run.metadata.generation,
             run.status.taken if run.status else {},
             [(stage, a.number) for stage in attempts for a in attempts[stage] if a.finished],
+            asked_at,
         )
         store = self._settings.store_of(run.spec.object_store)
         with self._lock:
@@ -85,7 +86,7 @@ class StoreView:
         try:
             artifacts = self._opened(store)
             self._prove(of_store, artifacts)
-            found = observe_store(chain(run, {}), artifacts)
+            found = observe_store(chain(shortened(run, {}, attempts, asked_at), {}), artifacts)
         except RLHFError as error:
             with self._lock:
                 of_store.failed, of_store.problem = self._monotonic(), str(error)

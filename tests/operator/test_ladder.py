@@ -25,8 +25,8 @@ def settings_of(stage: str, **sections: Any) -> StageSettings:
     return row.settings(spec(**sections), None)
 
 
-def sizes(stage: str, **sections: Any) -> list[tuple[str, int]]:
-    return [(step.size, step.after) for step in ladder(stage, settings_of(stage, **sections))]
+def sizes(stage: str, shorten: bool = False, **sections: Any) -> list[tuple[str, int]]:
+    return [(step.size, step.after) for step in ladder(stage, settings_of(stage, **sections), shorten)]
 
 
 def test_a_trained_adapter_halves_its_micro_batches_to_one() -> None:
@@ -50,19 +50,29 @@ def test_the_defaults_of_ppo_and_evaluate_reach_one() -> None:
     assert sizes("evaluate")[3:] == [("batchSize", 1), *of_one]
 
 
+def test_lengths_are_halved_last_down_to_a_floor_and_only_where_the_run_allows_it() -> None:
+    assert sizes("sft", True, sft={"batchSize": 2, "microBatchSize": 2, "sequenceLength": 300}) == [
+        ("microBatchSize", 1), ("sequenceLength", 150), ("sequenceLength", 75),
+    ]  # fmt: skip
+    small = {"batchSize": 1, "microBatchSize": 1}
+    assert sizes("reward", True, reward={**small, "sequenceLength": 128}) == [("sequenceLength", 64)]
+    assert sizes("ppo", True, ppo={**small, "responseTokens": 128}) == [("responseTokens", 64)]
+    assert sizes("ppo", False, ppo={**small, "responseTokens": 128}) == []
+
+
 @pytest.mark.parametrize(
     "reward", [{"function": "module:callable"}, {"classifier": {"source": "hf://a/b", "label": "x"}}]
 )
 def test_a_reward_that_is_not_trained_and_a_stage_without_batches_have_no_step(reward: dict[str, Any]) -> None:
     given = settings_of("reward", reward={**reward, "batchSize": 8, "microBatchSize": 8})
-    assert (ladder("reward", given), remedy("reward", given)) == ((), None)
-    assert ladder("merge", settings_of("merge", sft={"microBatchSize": 8})) == ()
+    assert (ladder("reward", given, True), remedy("reward", given)) == ((), None)
+    assert ladder("merge", settings_of("merge", sft={"microBatchSize": 8}), True) == ()
 
 
 def test_an_optimiser_step_sees_as_many_episodes_as_before() -> None:
     # With microBatchSize 32 a mini-batch is all of batchSize by default, with 16 it would be a quarter.
     given = settings_of("ppo", ppo={"batchSize": 64, "microBatchSize": 32})
-    after = stepped_down("ppo", given, 1).ppo
+    after = stepped_down(ladder("ppo", given, False), given, 1).ppo
     assert given.ppo is not None
     assert after is not None
     assert (after.micro_batch_size, after.effective_mini_batch_size) == (16, given.ppo.effective_mini_batch_size)
@@ -70,9 +80,9 @@ def test_an_optimiser_step_sees_as_many_episodes_as_before() -> None:
 
 def test_what_was_changed_is_told_from_the_first_to_the_last() -> None:
     given = settings_of("ppo", ppo={"batchSize": 16, "microBatchSize": 4})
-    assert told("ppo", given, 0) is None
-    assert told("ppo", given, 2) == "microBatchSize 1 instead of 4"
-    assert told("ppo", given, 3) == "microBatchSize 1 instead of 4 and rolloutBatchSize 8 instead of 16"
+    assert told(ladder("ppo", given, False), 0) is None
+    assert told(ladder("ppo", given, False), 2) == "microBatchSize 1 instead of 4"
+    assert told(ladder("ppo", given, False), 3) == "microBatchSize 1 instead of 4 and rolloutBatchSize 8 instead of 16"
 
 
 @settings(max_examples=200, deadline=None)
@@ -88,10 +98,10 @@ def test_every_step_keeps_the_rules_and_changes_nothing_but_sizes(
     before = spec(**sections)
     for stage in ("sft", "ppo", "evaluate"):
         given = settings_of(stage, **sections)
-        after = stepped_down(stage, given, count)
+        after = stepped_down(ladder(stage, given, False), given, count)
         changed = {name: getattr(after, name) for name in ("sft", "ppo", "evaluate") if getattr(after, name)}
         assert problems(before.model_copy(update=changed)) == []
-        assert len(ladder(stage, given)) <= MAX_STEPS
+        assert len(ladder(stage, given, True)) <= MAX_STEPS
         same = {"micro_batch_size", "mini_batch_size", "rollout_batch_size"} | (
             {"batch_size"} if stage == "evaluate" else set()
         )

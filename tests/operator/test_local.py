@@ -153,6 +153,20 @@ def test_a_stage_out_of_memory_is_given_less_to_hold_until_it_fits(bench: "Bench
     assert bench.began() == []
 
 
+def test_a_run_that_may_be_shortened_ends_with_the_artifacts_of_the_shorter_one(bench: "Bench") -> None:
+    ppo = {"batchSize": 1, "microBatchSize": 1, "responseTokens": 128}
+    bench.have(*SHORT[:3])
+    bench.misbehave(ppo=["outOfMemory"])
+    status = bench.run(clock=hurried_clock().__next__, ppo=ppo, gpu={"shortenOnOutOfMemory": True})
+    assert status.phase == "Succeeded"
+    shown = next(stage for stage in status.stages if stage.name == "ppo")
+    assert (shown.state, shown.lowered) == ("Succeeded", "responseTokens 64 instead of 128")
+    bench.forget()
+    shorter = bench.run(ppo={**ppo, "responseTokens": 64})
+    assert set(bench.states(shorter).values()) <= {"Reused", "Skipped"}
+    assert bench.began() == []
+
+
 def test_running_again_after_a_failure_continues(bench: "Bench") -> None:
     bench.have(*SHORT[:2])
     bench.misbehave(reward=["user"])

@@ -251,6 +251,42 @@ def test_only_failures_of_memory_since_the_asking_step_down_and_they_still_count
     assert (shown.state, shown.lowered) == ("Running", "microBatchSize 2 instead of 4")
 
 
+def test_what_is_told_is_what_the_last_attempt_had_and_not_what_the_next_will_have() -> None:
+    for failures, lowered in ((1, None), (2, "microBatchSize 2 instead of 4")):
+        shown = next(stage for stage in out_of_memory(failures, **LADDER)[0].status.stages if stage.name == "sft")
+        assert shown.lowered == lowered
+
+
+def test_a_shorter_length_is_another_address_that_a_run_of_that_length_shares() -> None:
+    run = resource(**LADDER, gpu={"shortenOnOutOfMemory": True})
+    shorter = resource(sft={**LADDER["sft"], "sequenceLength": 256}, gpu={"shortenOnOutOfMemory": True})
+    long = {link.name: link for link in chain(run, {})}
+    short = {link.name: link for link in chain(shorter, {})}
+    have = {str(long[name].output): {} for name in ALL[:5]}
+    made = [replace(failed("sft", "outOfMemory", number), digest=long["sft"].output.digest) for number in (1, 2, 3)]
+    seen = Observed(artifacts=have, attempts={"sft": made})
+    [action] = plan(run, seen, NOW).actions
+    assert isinstance(action, Start)
+    assert action.link.settings.sft is not None
+    assert (action.link.settings.sft.micro_batch_size, action.link.settings.sft.sequence_length) == (1, 256)
+    assert action.link.output == short["sft"].output != long["sft"].output
+
+    made.append(replace(failed("sft", "outOfMemory", 4), digest=short["sft"].output.digest))
+    [action] = plan(run, seen, NOW).actions
+    assert isinstance(action, Start)
+    assert action.link.settings.sft is not None
+    assert (action.number, action.link.settings.sft.sequence_length) == (5, 128)
+
+    made[3:] = [replace(attempt("sft", 4, finished=950.0, exit_code=0), digest=short["sft"].output.digest)]
+    decided = plan(run, replace(seen, artifacts={**have, str(short["sft"].output): {}}), NOW)
+    [action] = decided.actions
+    assert isinstance(action, Start)
+    assert action.link.output == short["merge"].output
+    shown = next(stage for stage in decided.status.stages if stage.name == "sft")
+    told = "microBatchSize 1 instead of 4 and sequenceLength 256 instead of 512"
+    assert (shown.state, shown.lowered, shown.artifact) == ("Succeeded", told, str(short["sft"].output))
+
+
 def test_asking_again_forgives_earlier_failures_but_not_their_numbers() -> None:
     seen = Observed(attempts={"import-model": [failed("import-model", "user")]}, asked_at=960.0)
     assert plan(resource(), seen, NOW).actions == (Start(LINKS["import-model"], 2),)

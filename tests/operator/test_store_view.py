@@ -95,7 +95,7 @@ def test_only_the_stores_used_last_are_kept(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("rlhf_operator.store_view.MAX_RUNS", 1)
     view = StoreView(settings(tmp_path), lambda: 0.0)
     for number, prefix in enumerate(["a", "b", "c", "a", "d", "a", "c", "b"]):
-        assert view.look(run(f"run-{number}", prefix), {}).problem is None
+        assert view.look(run(f"run-{number}", prefix), {}, 0.0).problem is None
     assert opened == ["a", "b", "c", "d", "b"]
 
 
@@ -120,7 +120,7 @@ def test_runs_of_many_stores_looked_at_at_once_each_see_their_own(
     def look(turn: int) -> None:
         for step in range(24):
             prefix = prefixes[(turn + step * (turn + 1)) % len(prefixes)]
-            seen = view.look(run(prefix, prefix), {})
+            seen = view.look(run(prefix, prefix), {}, 0.0)
             if seen.problem or seen.artifacts != expected[prefix]:
                 wrong.append((prefix, seen))
 
