@@ -4,11 +4,18 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from minio_server import PASSWORD, USER, MinioServer
 
 from rlhf_api.names import ENV_ACCESS_KEY, ENV_SECRET_KEY
 from rlhf_api.stage import StoreConfig
+
+# How long an example takes says how busy the machine is, and nothing of the code.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ def test_python_and_cel_agree_and_each_rule_is_kept_and_broken() -> None:
     seen: set[tuple[str, bool]] = set()
 
     @given(document=specs())
-    @settings(max_examples=300, deadline=None, derandomize=True)
+    @settings(max_examples=300, derandomize=True)
     def agree(document: dict[str, Any]) -> None:
         spec = RunSpec.model_validate(document)
         for rule in RULES:
@@ -44,7 +44,7 @@ def test_python_and_cel_agree_and_each_rule_is_kept_and_broken() -> None:
 
 
 @given(document=specs())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_problem_names_its_field_and_says_more_than_the_rule(document: dict[str, Any]) -> None:
     spec = RunSpec.model_validate(document)
     lines = [str(problem) for problem in problems(spec)]

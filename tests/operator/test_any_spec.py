@@ -17,7 +17,7 @@ ENDS: list[FailureClass | None] = [None, None, None, "user", "gate", "outOfMemor
 
 
 @given(spec=specs(), ends=st.lists(st.sampled_from(ENDS), max_size=12))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_spec_stops_the_operator(spec: dict[str, Any], ends: list[FailureClass | None]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder))

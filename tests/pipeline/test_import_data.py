@@ -113,7 +113,7 @@ def test_where_and_limit_keep_what_they_say(imports: Imports) -> None:
 
 
 @given(st.lists(st.text(max_size=5), max_size=50), st.integers(0, 100))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_ranges_split_the_rows_and_share_no_text(rows: list[str], cut: int) -> None:
     low, high = in_range(rows, f"0%:{cut}%"), in_range(rows, f"{cut}%:100%")
     assert sorted(low + high) == list(range(len(rows)))
@@ -121,7 +121,7 @@ def test_ranges_split_the_rows_and_share_no_text(rows: list[str], cut: int) -> N
 
 
 @given(st.lists(st.text(max_size=5), min_size=1, max_size=50), st.floats(0.001, 1))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_held_out_rows_share_no_text_with_the_others(rows: list[str], fraction: float) -> None:
     split = hold_out(rows, range(len(rows)), fraction)
     assert sorted(split.train + split.held_out) == list(range(len(rows)))
