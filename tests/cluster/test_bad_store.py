@@ -28,7 +28,7 @@ CHAIN_SECONDS = 1200.0
 NOTICED_SECONDS = 90.0  # the operator looks at a run twice a minute, and a request to a busy store takes a while
 BURST_SECONDS = 40.0
 DISK = 256 << 20
-RATE = 32 << 10  # bytes a second of the slow link
+RATE = 64 << 10  # bytes a second of the slow link
 POLICY_COMMIT = r"PUT \S*/artifacts/policy/[0-9a-f]{64}/manifest\.json"
 REFUSALS = 10  # one attempt at a commit gives up after eight
 

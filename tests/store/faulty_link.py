@@ -10,7 +10,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
-CHUNK = 64 << 10
+CHUNK = 16 << 10
 RST = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset, as a broken network does
 BUSY = (
     b'<?xml version="1.0" encoding="UTF-8"?>\n'
