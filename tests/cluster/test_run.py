@@ -61,9 +61,7 @@ def test_the_report_and_the_policy_are_in_the_store(release: Release, first: Any
 
 def test_no_secret_is_in_args_logs_or_status(release: Release, first: Any) -> None:
     name, status = first
-    secrets = [
-        base64.b64decode(value).decode() for value in release.get("secret", STORE_SECRET)["data"].values()
-    ]
+    secrets = [base64.b64decode(value).decode() for value in release.get("secret", STORE_SECRET)["data"].values()]
     shown = json.dumps([status, release.get("jobs"), release.pods(name), release.get("events")])
     for pod in release.pods(name):
         shown += release.kubectl("logs", pod["metadata"]["name"]).stdout
