@@ -140,10 +140,7 @@ def _without_result(
 ) -> tuple[int | None, StageResult | None]:
     """What a container that ended without a result means."""
     if ended.get("reason") == "OOMKilled":
-        message = (
-            "out of host memory: the pod was killed at its memory limit; lower the stage's microBatchSize, "
-            "or raise the limit in placement.podTemplate"
-        )
+        message = "out of host memory: the pod was killed at its memory limit, which placement.podTemplate can raise"
         return EXIT_OUT_OF_MEMORY, _failed(stage, "outOfMemory", message)
     if disruption := _disruption(pod):
         return code, _failed(stage, "infrastructure", disruption)

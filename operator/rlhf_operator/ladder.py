@@ -30,12 +30,13 @@ LENGTHS: Final[Mapping[str, tuple[str, str]]] = {
     "ppo": ("ppo", "response_tokens"),
 }
 SHORTEST: Final = 64  # tokens: below that little is left to learn
+MORE: Final = "give it more memory"
 # What else a person can change, when no step is left.
 REMEDIES: Final[Mapping[str, str]] = {
-    "sft": "lower sft.sequenceLength or lora.rank, use quantization.type nf4, or give it more memory",
-    "reward": "lower reward.sequenceLength or lora.rank, set lora.layers to top:k, or give it more memory",
-    "ppo": "lower ppo.responseTokens, ppo.promptTokens or lora.rank, set lora.layers to top:k, or give it more memory",
-    "evaluate": "lower ppo.responseTokens or ppo.promptTokens, or give it more memory",
+    "sft": f"lower sft.sequenceLength or lora.rank, use quantization.type nf4, or {MORE}",
+    "reward": f"lower reward.sequenceLength or lora.rank, set lora.layers to top:k, or {MORE}",
+    "ppo": f"lower ppo.responseTokens, ppo.promptTokens or lora.rank, set lora.layers to top:k, or {MORE}",
+    "evaluate": f"lower ppo.responseTokens or ppo.promptTokens, or {MORE}",
 }
 
 
@@ -81,9 +82,9 @@ def told(steps: Sequence[Step], count: int) -> str | None:
     return " and ".join(f"{size} {now} instead of {first}" for size, (first, now) in sizes.items()) or None
 
 
-def remedy(stage: str, settings: StageSettings) -> str | None:
-    """What a person can change where no step is left; None for a stage whose sizes the spec does not give."""
-    return REMEDIES.get(stage) if _counts(settings, stage) else None
+def remedy(stage: str, settings: StageSettings) -> str:
+    """What a person can change where no step is left."""
+    return REMEDIES.get(stage, MORE) if _counts(settings, stage) else MORE
 
 
 def _halved(settings: StageSettings, section: str, field: str) -> Step | None:

@@ -455,8 +455,8 @@ def _final_failure(view: _View) -> StageFailure | None:
     tried = told(view.steps, count - 1) if last.failure == "outOfMemory" else None
     how = f", the last with {tried}" if tried else ""
     message = f"{last.message} (gave up after {count} attempts{how})"
-    if last.failure == "outOfMemory" and (advice := remedy(view.link.name, view.link.settings)):
-        message += f"; {advice}"
+    if last.failure == "outOfMemory":
+        message += f"; {remedy(view.link.name, view.link.settings)}"
     return last.model_copy(update={"message": message})
 
 

@@ -28,10 +28,7 @@ def classify(error: BaseException, work: Path) -> tuple[FailureClass, str]:
             return each.failure, str(each)
     for each in chain:
         if _is_out_of_memory(each):
-            return "outOfMemory", (
-                f"out of memory: {_first_line(each)}; lower the stage's microBatchSize, sequenceLength or "
-                "ppo.rolloutBatchSize, or raise gpu.memory"
-            )
+            return "outOfMemory", f"out of memory: {_first_line(each)}"
         if isinstance(each, OSError) and each.errno in (errno.ENOSPC, errno.EDQUOT):
             return "infrastructure", f"disk full while writing {each.filename or work}: free space there and run again"
         if "No space left on device" in str(each):

@@ -65,7 +65,7 @@ def test_lengths_are_halved_last_down_to_a_floor_and_only_where_the_run_allows_i
 )
 def test_a_reward_that_is_not_trained_and_a_stage_without_batches_have_no_step(reward: dict[str, Any]) -> None:
     given = settings_of("reward", reward={**reward, "batchSize": 8, "microBatchSize": 8})
-    assert (ladder("reward", given, True), remedy("reward", given)) == ((), None)
+    assert (ladder("reward", given, True), remedy("reward", given)) == ((), "give it more memory")
     assert ladder("merge", settings_of("merge", sft={"microBatchSize": 8}), True) == ()
 
 

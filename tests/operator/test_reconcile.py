@@ -488,7 +488,7 @@ def cases() -> Iterator[Any]:
     yield "a result", failed_job(), [ended_pod(2, broke)], "user", "no"
     yield "told to stop", failed_job(), [ended_pod(EXIT_INTERRUPTED, stop.decode())], "interrupted", ""
     yield "SIGTERM", failed_job(), [ended_pod(143, "Terminated")], "interrupted", ""
-    yield "memory", failed_job(), [ended_pod(137, "", "OOMKilled")], "outOfMemory", "raise the limit"
+    yield "memory", failed_job(), [ended_pod(137, "", "OOMKilled")], "outOfMemory", "placement.podTemplate can raise"
     yield "log", failed_job(), [ended_pod(139, "Fatal: segfault\n")], "bug", "code 139 and left no result; its last"
     yield "silence", failed_job(), [ended_pod(1)], "bug", "exited with code 1 and left no result"
     evicted = {"status": {"phase": "Failed", "reason": "Evicted", "message": "low on ephemeral-storage"}}
