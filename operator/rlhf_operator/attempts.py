@@ -20,7 +20,8 @@ from rlhf_operator.conditions import Hold, unix_time
 from rlhf_operator.plan import Attempt
 from rlhf_operator.pod_template import Document
 
-SIGTERM_EXIT: Final = 143  # a container that SIGTERM ended before it could handle it
+SIGTERM_EXIT: Final = 128 + 15  # a container that SIGTERM ended before it could handle it
+SIGKILL_EXIT: Final = 128 + 9
 # Waiting for these is not starting: somebody has to do something.
 BLOCKED: Final = (
     "ImagePullBackOff",
@@ -144,6 +145,8 @@ def _without_result(
         return EXIT_OUT_OF_MEMORY, _failed(stage, "outOfMemory", message)
     if disruption := _disruption(pod):
         return code, _failed(stage, "infrastructure", disruption)
+    if code == SIGKILL_EXIT:  # for memory it would say so; a stage does not kill itself
+        return code, _failed(stage, "infrastructure", "the stage was killed (SIGKILL), and not at its memory limit")
     last = f"; its last lines: {text.strip()[-MAX_LAST_LINES:]}" if text.strip() else ""
     return code, _failed(stage, "bug", f"the stage exited with code {code} and left no result{last}")
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from minio import Minio
 
-from rlhf_api.names import ENV_ACCESS_KEY, ENV_SECRET_KEY
+from rlhf_api.names import ENV_ACCESS_KEY, ENV_SECRET_KEY, PROGRESS_FILE, STAGE_WORK
 from rlhf_api.stage import ArtifactRef, StoreConfig
 from rlhf_store.artifacts import open_artifacts
 
@@ -135,15 +135,16 @@ class Release:
         return self.until(found, timeout, lambda: f"no pod of {stage} runs\n{self.words(name)}")
 
     def training_pod(self, name: str, stage: str, timeout: float = 180) -> str:
-        """Name of the pod of a stage that has made a step, as the run's status says."""
+        """Name of the pod of a stage that has made a step, as the pod says: status hears of it later."""
         pod = self.running_pod(name, stage, timeout)
 
         def stepped() -> bool:
-            found = self.stages(name)[stage]
-            assert found["state"] in ("Running", "Pending", "Waiting"), f"{stage} ended before a step was seen: {found}"
-            return int((found.get("progress") or "0/").split("/")[0]) > 0
+            said = self.kubectl("exec", pod, "--", "cat", f"{STAGE_WORK}/{PROGRESS_FILE}", check=False)
+            state = self.stages(name)[stage]["state"]
+            assert state in ("Running", "Pending", "Waiting"), f"{stage} ended before a step was seen: {state}"
+            return said.returncode == 0 and int(json.loads(said.stdout)["step"]) > 0
 
-        self.until(stepped, timeout, lambda: f"{stage} made no step\n{self.words(name)}")
+        self.until(stepped, timeout, lambda: f"{stage} made no step\n{self.words(name)}", every=0.1)
         return pod
 
     def wait(self, name: str, condition: str = "Succeeded", timeout: float = 600) -> Document:

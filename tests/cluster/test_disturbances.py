@@ -12,19 +12,29 @@ pytestmark = pytest.mark.timeout(1800)
 
 CHAIN_SECONDS = 900.0
 TRAINED = ("sft", "reward", "ppo")
+LONGER: dict[str, Any] = {
+    "sft": {"steps": 60},
+    "reward": {"steps": 60},
+    "ppo": {"episodes": 128},
+}  # time to break things
 
 
 @pytest.fixture(scope="module")
 def expected(release: Release) -> dict[str, str]:
     """Kind -> content digest of a run that nothing disturbed."""
-    release.apply("calm", tiny_spec())
+    release.apply("calm", tiny_spec(**LONGER))
     release.wait("calm", timeout=CHAIN_SECONDS)
     return release.contents("calm")
 
 
-def elsewhere(prefix: str, **sections: Any) -> Any:
+def elsewhere(prefix: str) -> Any:
     """The same chain with a store prefix of its own, so that nothing is there to reuse."""
-    return tiny_spec(objectStore={"bucket": BUCKET, "prefix": prefix}, **sections)
+    return tiny_spec(objectStore={"bucket": BUCKET, "prefix": prefix}, **LONGER)
+
+
+def changed(**sections: dict[str, Any]) -> Any:
+    """The chain of `expected` with other settings: what they touch is made again."""
+    return tiny_spec(**{name: LONGER.get(name, {}) | sections.get(name, {}) for name in LONGER | sections})
 
 
 def test_the_operator_may_die_at_any_moment(release: Release, expected: dict[str, str]) -> None:
@@ -95,7 +105,7 @@ def test_the_api_server_may_be_killed_while_a_stage_trains(release: Release, exp
 
 
 def test_a_node_may_be_lost_and_found(release: Release, expected: dict[str, str]) -> None:
-    release.apply("cut-off", tiny_spec(ppo={"klCoefficient": 0.07, "episodes": 64}))
+    release.apply("cut-off", changed(ppo={"klCoefficient": 0.07}))
     pod = release.training_pod("cut-off", "ppo", CHAIN_SECONDS)
     node = release.get("pod", pod)["spec"]["nodeName"]
     release.on_node(node, "systemctl", "stop", "kubelet")
@@ -142,7 +152,7 @@ def test_suspended_and_deleted_in_every_stage(release: Release, expected: dict[s
 
 
 def test_an_upgrade_of_the_chart_in_the_middle_of_a_run(release: Release, expected: dict[str, str]) -> None:
-    release.apply("upgraded", tiny_spec(ppo={"klCoefficient": 0.1}))
+    release.apply("upgraded", changed(ppo={"klCoefficient": 0.1}))
     release.running_pod("upgraded", "ppo")
     before = release.operator_pod()
     release.install("operator.workers=3")
@@ -153,7 +163,7 @@ def test_an_upgrade_of_the_chart_in_the_middle_of_a_run(release: Release, expect
 
 def test_a_run_waits_for_a_node_and_says_so(release: Release, expected: dict[str, str]) -> None:
     label = f"{release.namespace}.example.com/pool"
-    spec = tiny_spec(evaluate={"samples": 5}, placement={"nodeSelector": {label: "a"}})
+    spec = changed(evaluate={"samples": 5}, placement={"nodeSelector": {label: "a"}})
     release.apply("waiting", spec)
 
     def unschedulable() -> bool:
@@ -186,14 +196,14 @@ def test_wrong_credentials_are_said_before_a_pod_is_made(release: Release) -> No
 
 def test_a_stage_over_its_memory_limit_is_recognised(release: Release, expected: dict[str, str]) -> None:
     limited = {"spec": {"containers": [{"name": "stage", "resources": {"limits": {"memory": "200Mi"}}}]}}
-    release.apply("tight", tiny_spec(evaluate={"samples": 3}, placement={"podTemplate": limited}))
+    release.apply("tight", changed(evaluate={"samples": 3}, placement={"podTemplate": limited}))
     release.wait("tight", "Failed", timeout=CHAIN_SECONDS)
     assert release.stages("tight")["evaluate"]["failure"] == "outOfMemory"
     assert release.condition("tight", "Failed")["reason"] == "OutOfMemory"
 
 
 def test_a_stage_has_no_way_into_the_api_server(release: Release, expected: dict[str, str]) -> None:
-    release.apply("curious", tiny_spec(ppo={"klCoefficient": 0.15}))
+    release.apply("curious", changed(ppo={"klCoefficient": 0.15}))
     pod = release.running_pod("curious", "ppo")
     script = (
         "import os, ssl, urllib.request, urllib.error\n"

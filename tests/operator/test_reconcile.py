@@ -489,6 +489,7 @@ def cases() -> Iterator[Any]:
     yield "told to stop", failed_job(), [ended_pod(EXIT_INTERRUPTED, stop.decode())], "interrupted", ""
     yield "SIGTERM", failed_job(), [ended_pod(143, "Terminated")], "interrupted", ""
     yield "memory", failed_job(), [ended_pod(137, "", "OOMKilled")], "outOfMemory", "placement.podTemplate can raise"
+    yield "killed", failed_job(), [ended_pod(137, "some words")], "infrastructure", "killed (SIGKILL)"
     yield "log", failed_job(), [ended_pod(139, "Fatal: segfault\n")], "bug", "code 139 and left no result; its last"
     yield "silence", failed_job(), [ended_pod(1)], "bug", "exited with code 1 and left no result"
     evicted = {"status": {"phase": "Failed", "reason": "Evicted", "message": "low on ephemeral-storage"}}
