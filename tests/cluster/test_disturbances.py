@@ -107,11 +107,13 @@ def test_the_api_server_may_be_killed_while_a_stage_trains(release: Release, exp
 def test_a_node_may_be_lost_and_found(release: Release, expected: dict[str, str]) -> None:
     release.apply("cut-off", changed(ppo={"klCoefficient": 0.07}))
     pod = release.training_pod("cut-off", "ppo", CHAIN_SECONDS)
-    node = release.get("pod", pod)["spec"]["nodeName"]
+    found = release.get("pod", pod)
+    node = found["spec"]["nodeName"]
+    container = found["status"]["containerStatuses"][0]["containerID"].removeprefix("containerd://")
     release.on_node(node, "systemctl", "stop", "kubelet")
     try:
         # The node goes silent, and what ran there dies unseen.
-        release.on_node(node, "pkill", "-KILL", "-f", "rlhf_pipeline")
+        release.on_node(node, "ctr", "--namespace", "k8s.io", "tasks", "kill", "--signal", "SIGKILL", container)
         release.until(lambda: release.node_condition(node) == "Unknown", 120)
         assert release.status("cut-off")["phase"] == "Running"
         assert release.jobs("cut-off")["ppo"] == [1]
