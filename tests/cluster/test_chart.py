@@ -252,13 +252,14 @@ def test_the_operator_may_do_what_it_does_and_nothing_else(
     try:
         for verb, what in [
             ("list", "rlhfruns.rlhf.dev"), ("watch", "rlhfruns.rlhf.dev"), ("patch", "rlhfruns.rlhf.dev:status"),
-            ("delete", "rlhfruns.rlhf.dev"), ("create", "jobs.batch"), ("patch", "jobs.batch"), ("watch", "pods"),
+            ("patch", "rlhfruns.rlhf.dev"), ("delete", "rlhfruns.rlhf.dev"),
+            ("create", "jobs.batch"), ("patch", "jobs.batch"), ("watch", "pods"),
             ("create", "events"), ("update", "leases.coordination.k8s.io/rlhf-operator"),
         ]:  # fmt: skip
             assert may(verb, what, *here), (verb, what)
         for verb, what, where in [
             ("get", "secrets", here), ("create", "pods", here), ("delete", "pods", here), ("create", "pods:exec", here),
-            ("patch", "rlhfruns.rlhf.dev", here), ("delete", "jobs.batch", here), ("update", "leases/other", here),
+            ("update", "rlhfruns.rlhf.dev", here), ("delete", "jobs.batch", here), ("update", "leases/other", here),
             ("list", "jobs.batch", ["--namespace", "default"]), ("list", "rlhfruns.rlhf.dev", ["--all-namespaces"]),
             ("create", "deployments.apps", here), ("escalate", "roles", here), ("list", "nodes", []),
         ]:  # fmt: skip
