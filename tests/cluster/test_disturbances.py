@@ -197,7 +197,7 @@ def test_wrong_credentials_are_said_before_a_pod_is_made(release: Release) -> No
 
 
 def test_a_stage_over_its_memory_limit_is_recognised(release: Release, expected: dict[str, str]) -> None:
-    limited = {"spec": {"containers": [{"name": "stage", "resources": {"limits": {"memory": "200Mi"}}}]}}
+    limited = {"spec": {"containers": [{"name": "stage", "resources": {"limits": {"memory": "80Mi"}}}]}}
     release.apply("tight", changed(evaluate={"samples": 3}, placement={"podTemplate": limited}))
     release.wait("tight", "Failed", timeout=CHAIN_SECONDS)
     assert release.stages("tight")["evaluate"]["failure"] == "outOfMemory"
