@@ -76,3 +76,62 @@ def test_a_second_run_reuses_what_it_shares_with_the_first(release: Release, fir
     release.wait("second", timeout=CHAIN_SECONDS)
     assert release.jobs("second") == {"evaluate": [1]}
     assert release.states("second") == dict.fromkeys(STAGES, "Reused") | {"evaluate": "Succeeded"}
+
+
+def test_a_run_waits_for_a_node_and_says_so(release: Release, first: Any) -> None:
+    label = f"{release.namespace}.example.com/pool"
+    spec = tiny_spec(evaluate={"samples": 5}, placement={"nodeSelector": {label: "a"}})
+    release.apply("waiting", spec)
+
+    def unschedulable() -> bool:
+        return release.condition("waiting", "Progressing").get("reason") == "Unschedulable"
+
+    release.until(unschedulable, 60, lambda: release.words("waiting"))
+    assert release.status("waiting")["phase"] == "Pending"
+    assert "node" in release.condition("waiting", "Progressing")["message"]
+    [node, *_] = [n["metadata"]["name"] for n in release.get("nodes", "-l", "rlhf.dev/gpu-memory")]
+    release.kubectl("label", "node", node, f"{label}=a")
+    try:
+        release.wait("waiting", timeout=CHAIN_SECONDS)
+    finally:
+        release.kubectl("label", "node", node, f"{label}-")
+    assert release.jobs("waiting") == {"evaluate": [1]}
+
+
+def test_a_runs_own_wrong_credentials_are_said_before_a_gpu_is_asked_for(release: Release) -> None:
+    release.kubectl(
+        "create", "secret", "generic", "wrong", "--from-literal=AWS_ACCESS_KEY_ID=nobody",
+        "--from-literal=AWS_SECRET_ACCESS_KEY=nothing-at-all",
+    )  # fmt: skip
+    release.apply("denied", tiny_spec(objectStore={"credentialsSecret": "wrong"}))
+    status = release.wait("denied", "Failed", timeout=CHAIN_SECONDS)
+    assert set(release.jobs("denied")) <= {stage for stage in STAGES if stage.startswith("import")}, status
+    assert "credentials" in release.condition("denied", "Failed")["message"]
+
+
+def test_a_stage_over_its_memory_limit_goes_down_its_ladder(release: Release, first: Any) -> None:
+    limited = {"spec": {"containers": [{"name": "stage", "resources": {"limits": {"memory": "80Mi"}}}]}}
+    release.apply("tight", tiny_spec(evaluate={"samples": 3}, placement={"podTemplate": limited}))
+    release.wait("tight", "Failed", timeout=CHAIN_SECONDS)
+    assert release.stages("tight")["evaluate"]["failure"] == "outOfMemory"
+    assert release.condition("tight", "Failed")["reason"] == "OutOfMemory"
+    assert release.jobs("tight") == {"evaluate": [1, 2, 3, 4]}  # batches of 4, 2 and 1, then ppo's of 1
+    events = release.get("events", "--field-selector=involvedObject.name=tight,reason=Retrying")
+    assert any("batchSize 2 instead of 4" in event["message"] for event in events), events
+
+
+def test_a_stage_has_no_way_into_the_api_server(release: Release, first: Any) -> None:
+    release.apply("curious", tiny_spec(ppo={"klCoefficient": 0.15}))
+    pod = release.running_pod("curious", "ppo")
+    script = (
+        "import os, ssl, urllib.request, urllib.error\n"
+        "assert not os.path.exists('/var/run/secrets/kubernetes.io'), 'a token is mounted'\n"
+        "try:\n"
+        "    urllib.request.urlopen('https://kubernetes.default.svc/api/v1/namespaces', timeout=10,\n"
+        "                           context=ssl._create_unverified_context())\n"
+        "except urllib.error.HTTPError as error: print(error.code)\n"
+        "except OSError: print('unreachable')\n"
+    )
+    said = release.kubectl("exec", pod, "--", "python", "-c", script).stdout.strip()
+    release.kubectl("delete", "rlhfrun", "curious")
+    assert said in ("401", "403", "unreachable")
