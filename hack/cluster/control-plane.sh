@@ -5,6 +5,7 @@
 #   control-plane.sh stop DIR             ends it and empties the folder but for the logs
 # DIR/kubeconfig is an administrator's, DIR/NAME.pid each program's. An API server that ends is started again. With
 # --kwok, nodes annotated kwok.x-k8s.io/node=fake are kept Ready and their pods "run" until somebody says that they end.
+# DIR/audit.log has a line for every request of a service account; an administrator's are not written down.
 set -euo pipefail
 . "$(dirname "$0")/env.sh"
 
@@ -29,7 +30,7 @@ run() {
     echo $$ >"$dir/pid"
     trap end_children EXIT
     trap 'exit 0' INT TERM
-    rm -rf "$dir/etcd" "$dir/certs" "$KUBECONFIG" "$dir"/kube-*.log "$dir"/{etcd,kwok}.log
+    rm -rf "$dir/etcd" "$dir/certs" "$KUBECONFIG" "$dir"/kube-*.log "$dir"/{etcd,kwok,audit}.log
     write_credentials
     start_components
     echo ready >"$dir/ready"
@@ -63,6 +64,12 @@ write_credentials() {
     openssl genrsa -out "$dir/certs/service-accounts.key" 2048 2>/dev/null
     token=$(openssl rand -hex 16)
     (umask 077 && echo "$token,admin,admin,system:masters" >"$dir/certs/tokens.csv")
+    cat >"$dir/certs/audit-policy.yaml" <<P
+apiVersion: audit.k8s.io/v1
+kind: Policy
+omitStages: [RequestReceived]
+rules: [{level: Metadata, userGroups: ["system:serviceaccounts"]}]
+P
     read -r etcd_port peer_port api_port < <(python3 -c '
 import socket
 free = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
@@ -96,6 +103,7 @@ api_server() {
         --bind-address 127.0.0.1 --advertise-address 127.0.0.1 --secure-port "$api_port" \
         --endpoint-reconciler-type none --service-cluster-ip-range 10.96.0.0/16 --allow-privileged \
         --authorization-mode RBAC --token-auth-file "$dir/certs/tokens.csv" \
+        --audit-policy-file "$dir/certs/audit-policy.yaml" --audit-log-path "$dir/audit.log" \
         --service-account-issuer https://kubernetes.default.svc \
         --service-account-key-file "$dir/certs/service-accounts.key" \
         --service-account-signing-key-file "$dir/certs/service-accounts.key"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from bare_plane import bare_plane, install_crd
+from bare_plane import BarePlane, bare_plane, install_crd
 from release import BUCKET, Release, reviews
 
 ROOT = Path(__file__).parents[2]
@@ -57,15 +57,29 @@ def cluster(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="session")
-def api_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Kubeconfig of an API server that knows RLHFRun: the one given, or one without nodes that ends with the tests."""
+def own_plane(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BarePlane]:
+    """A control plane without nodes whose files can be read; it ends with the tests."""
+    if request.config.getoption("--kubeconfig") and not (BIN / "kube-apiserver").exists():
+        pytest.skip("needs a control plane of its own, from `hack/cluster/tools.sh control-plane`")
+    with bare_plane(tmp_path_factory.mktemp("control-plane")) as plane:
+        yield plane
+
+
+@pytest.fixture(scope="session")
+def api_server(request: pytest.FixtureRequest) -> Path:
+    """Kubeconfig of an API server that knows RLHFRun: the one given, or that of `own_plane`."""
     given: Path | None = request.config.getoption("--kubeconfig")
     if given:
         install_crd(given.resolve())
-        yield given.resolve()
-        return
-    with bare_plane(tmp_path_factory.mktemp("control-plane")) as plane:
-        yield plane.kubeconfig
+        return given.resolve()
+    plane: BarePlane = request.getfixturevalue("own_plane")
+    return plane.kubeconfig
+
+
+@pytest.fixture(scope="session")
+def own_kubectl(own_plane: BarePlane) -> Kubectl:
+    """kubectl on `own_plane`."""
+    return kubectl_of(own_plane.kubeconfig)
 
 
 @pytest.fixture(scope="session")

@@ -1,90 +1,21 @@
 """The chart: refused where it is wrong, taken by a real API server where it is right, and true to the operator."""
 
 import base64
-import os
 import re
-import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from rendered_chart import CHART, EXTERNAL, KUBERNETES, MONITORING, ROOT, VALUES, helm, one, pod_specs, rendered
 
 from rlhf_api import names
 from rlhf_operator.operator_settings import OperatorSettings
 
-ROOT = Path(__file__).parents[2]
-BIN = ROOT / ".cache" / "cluster" / "bin"
-CHART = ROOT / "charts" / "rlhf-operator"
-KUBERNETES = "--kube-version=1.37.2"  # a helm that was built here knows none of its own
-MONITORING = "monitoring.coreos.com/v1"  # of CRDs that a bare cluster lacks
-EXTERNAL = ["minio.enabled=false", "objectStore.endpoint=https://s3.example.com", "objectStore.existingSecret=mine"]
-VALUES = {
-    "defaults": [],
-    "external": EXTERNAL,
-    "aws": ["minio.enabled=false", "objectStore.accessKey=a", "objectStore.secretKey=b", "objectStore.region=x"],
-    "cluster-wide": ["watchNamespaces={*}"],
-    "other-namespaces": ["watchNamespaces={default,kube-public}"],
-    "everything": [
-        "metrics.serviceMonitor.enabled=true",
-        "metrics.podMonitor.enabled=true",
-        "metrics.podMonitor.labels.team=ml",
-        "metrics.dashboard.enabled=true",
-        "networkPolicy.metricsNamespace=monitoring",
-        "imagePullSecrets={a,b}",
-        "imageRegistry=registry.example.com/ml/",
-        "stage.gpuResources.limits.memory=64Gi",
-        "stage.priorityClassName=low",
-        "operator.priorityClassName=high",
-        "operator.nodeSelector.pool=small",
-        "operator.podLabels.team=ml",
-        "operator.podAnnotations.note=x",
-        "operator.verbose=true",
-        "operator.extraEnv[0].name=A",
-        "operator.extraEnv[0].value=b",
-        "minio.persistence.storageClass=fast",
-        "minio.nodeSelector.pool=disks",
-        "fullnameOverride=rlhf",
-    ],
-    "bare": ["networkPolicy.enabled=false", "rbac.create=false", "minio.persistence.enabled=false",
-             "serviceAccount.create=false", "serviceAccount.name=mine", "objectStore.createBucket=false",
-             "crds.install=false"],
-}  # fmt: skip
-
 Kubectl = Callable[..., "subprocess.CompletedProcess[str]"]
 Document = dict[str, Any]
-
-
-def helm(*arguments: str | Path, kubeconfig: Path | None = None) -> "subprocess.CompletedProcess[str]":
-    """helm with its arguments. Fails, saying how to get it, where there is none."""
-    program = shutil.which("helm", path=f"{BIN}:{os.environ['PATH']}")
-    assert program, "there is no helm: build it with hack/cluster/tools.sh helm"
-    environment = {**os.environ, "KUBECONFIG": str(kubeconfig or "/dev/null")}
-    return subprocess.run([program, *arguments], text=True, capture_output=True, env=environment)
-
-
-def rendered(*values: str, namespace: str = "rlhf") -> list[Document]:
-    """The chart's objects."""
-    done = helm(
-        "template", "rlhf", CHART, KUBERNETES, "--namespace", namespace, *[f"--set={value}" for value in values]
-    )
-    assert done.returncode == 0, done.stderr
-    return [each for each in yaml.safe_load_all(done.stdout) if each]
-
-
-def one(documents: list[Document], kind: str, name: str | None = None) -> Document:
-    [found] = [d for d in documents if d["kind"] == kind and name in (None, d["metadata"]["name"])]
-    return found
-
-
-def pod_specs(documents: list[Document]) -> Iterator[tuple[str, Document]]:
-    for each in documents:
-        if each["kind"] == "Pod":
-            yield each["metadata"]["name"], each["spec"]
-        elif "template" in each.get("spec", {}):
-            yield each["metadata"]["name"], each["spec"]["template"]["spec"]
 
 
 @pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
