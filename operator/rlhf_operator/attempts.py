@@ -32,6 +32,7 @@ BLOCKED: Final = (
     "CreateContainerError",
     "RunContainerError",
 )
+NO_POD_SECONDS: Final = 15.0  # after a Job began, in which it would have made its pod
 LOST_SECONDS: Final = 60.0  # after a pod should have been gone: its node does not answer
 MAX_LAST_LINES: Final = 600  # characters of a log's end that a message quotes
 
@@ -82,7 +83,7 @@ def _attempt(
     if ended is None and _stopped_before_it_ran(job, pods):
         ended = unix_time(annotations[ANNOTATION_STOPPED])
     if ended is None or alive:
-        return _with(attempt, held=_hold(job, pods))
+        return _with(attempt, held=_hold(job, pods, now))
     exit_code, result = _outcome(job, pods, stage)
     return _with(attempt, finished=ended, exit_code=exit_code, result=result)
 
@@ -188,10 +189,16 @@ def _disruption(pod: Document) -> str | None:
     return None
 
 
-def _hold(job: Document, pods: Sequence[Document]) -> Hold | None:
+def _hold(job: Document, pods: Sequence[Document], now: float) -> Hold | None:
     """Why an attempt that has not ended is not running, if somebody or something has to act first."""
     if job["spec"].get("suspend"):
         return Hold("Queued", "the Job is suspended: a queue has yet to admit it")
+    status = job.get("status", {})
+    began = status.get("startTime")
+    if began and not pods and not status.get("active") and now - unix_time(began) >= NO_POD_SECONDS:
+        name = job["metadata"]["name"]
+        why = "the namespace's Pod Security level, a quota or a webhook may refuse it"
+        return Hold("NoPod", f"the Job {name} has no pod: {why}; kubectl describe job {name} says which")
     for pod in pods:
         for condition in pod.get("status", {}).get("conditions") or []:
             waits = condition["type"] == "PodScheduled" and condition["status"] == "False"
