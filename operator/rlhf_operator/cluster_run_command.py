@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,30 +11,30 @@ from typing import Any
 from rich.console import Console
 
 from rlhf_api.errors import RLHFError, UserError
-from rlhf_api.names import EXIT_INTERRUPTED, EXIT_OK
+from rlhf_api.names import EXIT_INTERRUPTED, EXIT_OK, SINGULAR
+from rlhf_api.run import RunStatus
 from rlhf_operator.cluster_options import ClusterOptions
 from rlhf_operator.cluster_runs import ClusterRuns
 from rlhf_operator.display import console, display
-from rlhf_operator.followed import follow, status_of
+from rlhf_operator.followed import follow
 from rlhf_operator.load import load_document, load_run
 from rlhf_operator.open_run import opened
-from rlhf_operator.pod_template import Document
-from rlhf_operator.resume_command import asked_again
 from rlhf_operator.run_command import exit_code
+from rlhf_operator.submission import submitted
 from rlhf_operator.summary import summarize, summary_table
 
 
 def run_in_cluster(file: Path, where: ClusterOptions, follow_it: bool, as_json: bool) -> int:
-    """Apply the file's run and, unless told not to, follow it to its end; returns the exit code, as on this machine.
+    """Create the file's run and, unless told not to, follow it to its end; returns the exit code, as on this machine.
 
-    Ctrl-C ends the following, not the run. A run that has failed is asked for again. With `as_json`, progress goes to
-    standard error.
+    A run that is there already is followed, or asked for again if it has failed. Ctrl-C ends the following, not the
+    run. With `as_json`, progress goes to standard error. Raises UserError if another run has its name.
     """
     load_run(file)  # every complaint at once, before anything is sent
     document = load_document(file)
     where = _with_namespace(where, document, file)
     runs = ClusterRuns(where)
-    run = _submitted(runs, document)
+    run = submitted(runs, document, file)
     name, screen = run["metadata"]["name"], console(stderr=as_json)
     if not follow_it:
         if as_json:
@@ -54,10 +55,11 @@ def run_in_cluster(file: Path, where: ClusterOptions, follow_it: bool, as_json: 
             _show_success(name, where, screen)
             return EXIT_OK
         case "Suspended":
-            print(f"rlhf: {name} is suspended; `{where.command('resume', name)}` continues it", file=sys.stderr)
+            print(f"rlhf: {name} is suspended; `{where.command('resume', name)}` resumes it", file=sys.stderr)
             return EXIT_INTERRUPTED
     failed = next(condition for condition in status.conditions if condition.type == "Failed")
     print(f"rlhf: {failed.message}", file=sys.stderr)
+    print(_ways_on(file, name, where, status), file=sys.stderr)
     return exit_code(failed.reason)
 
 
@@ -69,35 +71,31 @@ def _with_namespace(where: ClusterOptions, document: Any, file: Path) -> Cluster
     return replace(where, namespace=named or where.namespace)
 
 
-def _submitted(runs: ClusterRuns, document: Any) -> Document:
-    """Applies the run, says what became of it on standard error, and asks again for one that had failed."""
-    name = document["metadata"]["name"]
-    before = runs.find(name)
-    # Said in any case: what the file leaves out is false, whatever `suspend` made it.
-    asked = {**document, "spec": {"suspend": False, **document["spec"]}}
-    run = runs.apply(asked)
-    status = status_of(run)
-    word = "created"
-    if before is not None:
-        word = "unchanged" if before["metadata"]["generation"] == run["metadata"]["generation"] else "changed"
-        if status is not None and status.phase == "Failed" and not asked["spec"]["suspend"]:
-            run, word = asked_again(runs, run), "asked for again"
-    print(f"rlhf: {name} {word} in namespace {runs.namespace}", file=sys.stderr)
-    return run
-
-
 def _say(line: str, screen: Console) -> None:
     screen.print(f"rlhf: {line}", markup=False, highlight=False, soft_wrap=True, style="yellow")
 
 
 def _ways(file: Path, name: str, where: ClusterOptions) -> str:
     """What a person may do with a run that goes on without them."""
-    ways = {
-        "follow": where.command("run", str(file)),
-        "look": where.command("status", name),
-        "suspend": where.command("suspend", name),
-        "delete": shlex.join(where.kubectl("delete", "rlhfrun", name)),
-    }
+    return _lines(
+        {
+            "follow": where.command("run", str(file)),
+            "look": where.command("status", name),
+            "suspend": where.command("suspend", name),
+            "delete": shlex.join(where.kubectl("delete", SINGULAR, name)),
+        }
+    )
+
+
+def _ways_on(file: Path, name: str, where: ClusterOptions, status: RunStatus) -> str:
+    """What a person may do about a run that failed."""
+    ways = {"again": where.command("run", str(file))}
+    if status.stage and any(stage.name == status.stage and stage.attempt for stage in status.stages):
+        ways = {"read": where.command("logs", name, "--stage", status.stage), **ways}
+    return _lines(ways)
+
+
+def _lines(ways: Mapping[str, str]) -> str:
     return "\n".join(f"  {word:<8} {command}" for word, command in ways.items())
 
 

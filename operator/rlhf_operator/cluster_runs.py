@@ -19,7 +19,7 @@ try:
     from kubernetes import client, config
 
     from rlhf_operator.kubernetes_api import (
-        APPLY_PATCH,
+        AlreadyExists,
         Denied,
         KubernetesApi,
         NotFound,
@@ -91,23 +91,22 @@ class ClusterRuns:
             raise UserError(f"no runs in namespace {self.namespace}; look elsewhere with --namespace")
         return max(found, key=lambda run: str(run["metadata"]["creationTimestamp"]))
 
-    def apply(self, document: Document) -> Document:
-        """Server-side apply: the fields of `document` become so, whoever set them before. Returns the run."""
-        query = {"fieldManager": MANAGER, "force": "true", "fieldValidation": "Strict"}
-        name = document["metadata"]["name"]
+    def create(self, document: Document) -> Document | None:
+        """Create a run. Returns it; None if there is one of its name."""
+        query = {"fieldManager": MANAGER, "fieldValidation": "Strict"}
         try:
             with self._explained():
-                return self._api.request("PATCH", self._path(name), document, query, APPLY_PATCH)
+                return self._api.request("POST", self._path(), document, query)
+        except AlreadyExists:
+            return None
         except NotFound as error:
             self.runs()
             remedy = shlex.join(self._everywhere.kubectl("create", "namespace", self.namespace))
-            raise UserError(f"namespace {self.namespace}: does not exist; create it with {remedy}") from error
+            raise UserError(f"namespace {self.namespace}: does not exist; create it with `{remedy}`") from error
 
-    def suspend(self, name: str, suspend: bool) -> Document:
-        """Set spec.suspend. Returns the run."""
-        self.get(name)
+    def patch(self, name: str, patch: Document) -> Document:
+        """Merge a patch into a run. Returns the run as it is then."""
         with self._explained():
-            patch = {"spec": {"suspend": suspend}}
             return self._api.request("PATCH", self._path(name), patch, {"fieldManager": MANAGER})
 
     def jobs(self, run: Document) -> list[Document]:
@@ -183,9 +182,9 @@ class ClusterRuns:
         except Unauthorized as error:
             raise UserError(f"{server}: does not know who asks; renew the credentials of the kubeconfig") from error
         except Denied as error:
-            raise UserError(
-                f"{error}; ask whoever runs the cluster for the role view, or edit to change runs"
-            ) from error
+            # Another may be denied by a quota or a policy, which no role changes.
+            who = "; ask whoever runs the cluster for the role view, or edit to change runs"
+            raise UserError(f"{error}{who if ' cannot ' in str(error) else ''}") from error
 
 
 def _settings(options: ClusterOptions) -> tuple[Any, str, bool]:

@@ -32,11 +32,11 @@ def opened_in_cluster(name: str, where: ClusterOptions, endpoint: str | None) ->
     runs = ClusterRuns(where)
     status = status_of(runs.get(name))
     if status is None or status.store is None:
-        raise UserError(f"run {name!r}: no operator has looked at it yet; see {where.command('status', name)}")
+        raise UserError(f"run {name!r}: no operator has looked at it yet; see `{where.command('status', name)}`")
     environment, whose = _credentials(runs, status.store)
     with _reachable(runs, status.store, endpoint) as store:
         try:
-            yield OpenRun(name, status, store, environment, f"see {where.command('status', name)}")
+            yield OpenRun(name, status, store, environment, f"see `{where.command('status', name)}`")
         except StoreError as error:
             raise StoreError(f"{error} (credentials: {whose})") from error
 

@@ -34,17 +34,22 @@ def follow(runs: ClusterRuns, run: Document, show: Show, say: Callable[[str], No
     name, uid, generation = run["metadata"]["name"], run["metadata"]["uid"], run["metadata"]["generation"]
     heard = time.monotonic()
     silent: float | None = heard + SILENT_SECONDS
+    lost = False
     while True:
         try:
             found = runs.find(name)
             jobs = runs.jobs(found) if found else []
-            heard = time.monotonic()
         except ApiError as error:
             if time.monotonic() - heard > PATIENCE_SECONDS:
                 raise
-            say(str(error))
+            if not lost:
+                say(f"{name} goes on, but is not seen for now: {error}")
+            lost = True
             time.sleep(POLL_SECONDS)
             continue
+        if lost:
+            say("the API server answers again")
+        heard, lost = time.monotonic(), False
         if found is None or found["metadata"]["uid"] != uid:
             raise UserError(f"run {name!r} was deleted")
         status = status_of(found)

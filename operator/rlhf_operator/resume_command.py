@@ -20,8 +20,10 @@ def suspend_run(name: str, where: ClusterOptions) -> None:
     if (phase := _ended(runs.get(name))) is not None:
         print(f"{name} has ended: its phase is {phase}")
         return
-    runs.suspend(name, True)
-    print(f"{name} suspended: what runs saves a checkpoint and stops; {where.command('resume', name)}")
+    runs.patch(name, _suspended(True))
+    print(
+        f"{name} is suspended: what runs saves a checkpoint and stops; `{where.command('resume', name)}` continues it"
+    )
 
 
 def resume_run(name: str, where: ClusterOptions) -> None:
@@ -31,28 +33,32 @@ def resume_run(name: str, where: ClusterOptions) -> None:
     if not run["spec"].get("suspend") and _ended(run) is None:
         print(f"{name} is not suspended")
         return
-    asked_again(runs, run)
-    print(f"{name} resumed; {where.command('status', name)}")
+    asked_again(runs, run, _suspended(False))
+    print(f"{name} is resumed; `{where.command('status', name)}` shows it")
 
 
-def asked_again(runs: ClusterRuns, run: Document) -> Document:
-    """The run, no longer suspended. One that has ended is suspended first: the operator takes that as a new ask.
+def asked_again(runs: ClusterRuns, run: Document, patch: Document) -> Document:
+    """The run after `patch`, which resumes it. One that has ended is suspended first: that makes it a new ask.
 
     Raises StoreError if no operator notices.
     """
     name = run["metadata"]["name"]
     if _ended(run) is not None and not _seen_suspended(run):
         if not run["spec"].get("suspend"):
-            runs.suspend(name, True)
+            runs.patch(name, _suspended(True))
         deadline = time.monotonic() + NOTICE_SECONDS
         while not _seen_suspended(runs.get(name)):
             if time.monotonic() > deadline:
                 raise StoreError(
                     f"{name}: is suspended, but no operator noticed in {NOTICE_SECONDS:.0f} s; see that one runs, then "
-                    f"{runs.options.command('resume', name)}"
+                    f"`{runs.options.command('resume', name)}`"
                 )
             time.sleep(POLL_SECONDS)
-    return runs.suspend(name, False)
+    return runs.patch(name, patch)
+
+
+def _suspended(suspend: bool) -> Document:
+    return {"spec": {"suspend": suspend}}
 
 
 def _ended(run: Document) -> str | None:

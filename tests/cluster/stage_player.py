@@ -9,16 +9,18 @@ from typing import Any, Final, Self
 
 from bare_plane import api_of
 
-from rlhf_api.errors import RLHFError
-from rlhf_api.names import ENV_STAGE_CONFIG, LABEL_STAGE, STAGE_CONTAINER
-from rlhf_api.stage import StageConfig, StageResult
+from rlhf_api.errors import FailureClass, RLHFError
+from rlhf_api.names import ENV_STAGE_CONFIG, EXIT_CODES, EXIT_OK, LABEL_RUN, LABEL_STAGE, STAGE_CONTAINER
+from rlhf_api.stage import StageConfig, StageFailure, StageResult
 from rlhf_operator.cluster import STAGES_SELECTOR
 from rlhf_operator.kubernetes_api import NotFound
+from rlhf_operator.summary import REPORT_PAGE
 from rlhf_store.artifacts import open_artifacts
 
 Document = dict[str, Any]
 TURN_SECONDS: Final = 0.2
 METRICS: Final = {"loss": 0.5}
+PAGE: Final = b"<title>a report</title>"
 NOBODY: Final = {"spec": {"schedulerName": "nobody"}}
 """A pod template: without nodes the scheduler would only say so again and again."""
 
@@ -26,11 +28,13 @@ NOBODY: Final = {"spec": {"schedulerName": "nobody"}}
 class StagePlayer:
     """Ends the pods of stages that are in `phase`, in the background, for as long as the block lasts.
 
-    `held`: names of stages whose pods it leaves as they are. `played`: (namespace, pod) of those that it has ended.
+    `held`: names of stages whose pods it leaves as they are. `failing`: (run, stage) -> how its pods fail, as a class.
+    `played`: (namespace, pod) of those that it has ended.
     """
 
     def __init__(self, kubeconfig: Path, phase: str = "Pending", threads: int = 2) -> None:
         self.held: set[str] = set()
+        self.failing: dict[tuple[str, str], FailureClass] = {}
         self.played: list[tuple[str, str]] = []
         self._api = api_of(kubeconfig, threads + 2)
         phase_is = f"status.phase={phase}"
@@ -71,13 +75,14 @@ class StagePlayer:
         metadata, spec = pod["metadata"], pod["spec"]["containers"][0]
         text = next(each["value"] for each in spec["env"] if each["name"] == ENV_STAGE_CONFIG)
         config = StageConfig.model_validate_json(text.replace("$$", "$"))
-        writer = open_artifacts(config.store).writer(config.output, config.attempt)
-        writer.add_bytes("report.json", json.dumps({"metrics": METRICS}).encode())
-        writer.commit({"metrics": METRICS})
-        result = StageResult(stage=config.stage, artifact=config.output, metrics=METRICS)
-        terminated = {"exitCode": 0, "reason": "Completed", "message": result.to_bytes().decode()}
+        if failure := self.failing.get((metadata["labels"][LABEL_RUN], config.stage)):
+            code, result = EXIT_CODES[failure], _failed(config, failure)
+        else:
+            code, result = EXIT_OK, _committed(config)
+        reason = "Error" if code else "Completed"
+        terminated = {"exitCode": code, "reason": reason, "message": result.to_bytes().decode()}
         status = {
-            "phase": "Succeeded",
+            "phase": "Failed" if code else "Succeeded",
             "containerStatuses": [
                 {
                     "name": STAGE_CONTAINER,
@@ -96,3 +101,17 @@ class StagePlayer:
             return
         self._done.add(metadata["uid"])
         self.played.append((metadata["namespace"], metadata["name"]))
+
+
+def _committed(config: StageConfig) -> StageResult:
+    """Commits a tiny artifact, with the page of `rlhf report` where it is an evaluation."""
+    writer = open_artifacts(config.store).writer(config.output, config.attempt)
+    writer.add_bytes("report.json", json.dumps({"metrics": METRICS}).encode())
+    if config.output.kind == "evaluation":
+        writer.add_bytes(REPORT_PAGE, PAGE)
+    writer.commit({"metrics": METRICS, "seconds": 1.5})
+    return StageResult(stage=config.stage, artifact=config.output, metrics=METRICS)
+
+
+def _failed(config: StageConfig, failure: FailureClass) -> StageResult:
+    return StageResult(stage=config.stage, failure=StageFailure(failure=failure, message=f"what a {failure} says"))
