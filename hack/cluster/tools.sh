@@ -7,10 +7,11 @@ set -euo pipefail
 kubernetes="kube-apiserver kube-controller-manager kube-scheduler kubelet kubeadm kube-proxy kubectl"
 control_plane="etcd kube-apiserver kubectl kube-controller-manager kube-scheduler"
 node="kubelet kubeadm kube-proxy containerd containerd-shim-runc-v2 ctr coredns host-local loopback ptp portmap local-path-provisioner"
-clients="kind helm"
+clients="kind helm kube-score"
 
 version_of() {
     case $1 in
+    kube-score ) echo "$KUBE_SCORE" ;;
     kube* ) echo "$KUBERNETES" ;;
     etcd ) echo "$ETCD" ;;
     containerd* | ctr ) echo "$CONTAINERD" ;;
@@ -71,6 +72,7 @@ install() { GOBIN=$bin.new go install -trimpath -ldflags "-s -w ${2:-}" "$1"; }
 
 build() {
     case $1 in
+    kube-score ) install "github.com/zegl/kube-score/cmd/kube-score@$KUBE_SCORE" ;;
     kube* ) build_kubernetes "$1" ;;
     etcd ) build_etcd ;;
     containerd* | ctr ) install "github.com/containerd/containerd/v2/cmd/$1@$CONTAINERD" ;;

@@ -13,26 +13,40 @@ ROOT = Path(__file__).parents[2]
 BIN = ROOT / ".cache" / "cluster" / "bin"
 CHART = ROOT / "charts" / "rlhf-operator"
 KUBERNETES = "--kube-version=1.37.2"  # a helm that was built here knows none of its own
-MONITORING = "monitoring.coreos.com/v1"  # of CRDs that a bare cluster lacks
+DIGEST = f"sha256:{'0' * 64}"
+APART = "podAntiAffinity.requiredDuringSchedulingIgnoredDuringExecution[0]"
+AFFINITY = (f"{APART}.topologyKey=kubernetes.io/hostname", f"{APART}.labelSelector.matchLabels.team=ml")
 EXTERNAL = ["minio.enabled=false", "objectStore.endpoint=https://s3.example.com", "objectStore.existingSecret=mine"]
 VALUES = {
     "defaults": [],
     "external": EXTERNAL,
-    "aws": ["minio.enabled=false", "objectStore.accessKey=a", "objectStore.secretKey=b", "objectStore.region=x"],
+    "aws": ["minio.enabled=false", "objectStore.accessKey=a", "objectStore.secretKey=b", "objectStore.region=x",
+            "networkPolicy.allowHub=false", "crds.keep=false", "rbac.aggregate=false",
+            f"pipelineImage.digest={DIGEST}"],
     "cluster-wide": ["watchNamespaces={*}"],
     "other-namespaces": ["watchNamespaces={default,kube-public}"],
     "everything": [
         "metrics.serviceMonitor.enabled=true",
+        "metrics.serviceMonitor.labels.team=ml",
         "metrics.podMonitor.enabled=true",
         "metrics.podMonitor.labels.team=ml",
         "metrics.dashboard.enabled=true",
         "networkPolicy.metricsNamespace=monitoring",
+        "networkPolicy.extraStageEgress[0].ports[0].port=5000",
+        "image.tag=v1.2",
+        "pipelineImage.tag=0.1.0",
+        "minio.image.tag=v3",
+        f"minio.image.digest={DIGEST}",
+        f"image.digest={DIGEST}",
         "imagePullSecrets={a,b}",
         "imageRegistry=registry.example.com/ml/",
+        "stage.resources.requests.cpu=1",
         "stage.gpuResources.limits.memory=64Gi",
         "stage.priorityClassName=low",
         "operator.priorityClassName=high",
         "operator.nodeSelector.pool=small",
+        "operator.tolerations[0].operator=Exists",
+        *(f"operator.affinity.{each}" for each in AFFINITY),
         "operator.podLabels.team=ml",
         "operator.podAnnotations.note=x",
         "operator.verbose=true",
@@ -40,6 +54,10 @@ VALUES = {
         "operator.extraEnv[0].value=b",
         "minio.persistence.storageClass=fast",
         "minio.nodeSelector.pool=disks",
+        "minio.tolerations[0].operator=Exists",
+        *(f"minio.affinity.{each}" for each in AFFINITY),
+        "serviceAccount.annotations.team=ml",
+        "nameOverride=operator",
         "fullnameOverride=rlhf",
     ],
     "bare": ["networkPolicy.enabled=false", "rbac.create=false", "minio.persistence.enabled=false",
