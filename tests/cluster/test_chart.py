@@ -88,6 +88,28 @@ def test_the_store_of_the_operator_is_the_bundled_one_unless_another_is_named() 
     assert endpoint(*VALUES["aws"]) == ""
 
 
+def test_what_a_pod_reads_as_it_starts_restarts_it_when_it_changes() -> None:
+    """And not otherwise: generated credentials differ each time that the chart is rendered without a cluster."""
+
+    def templates(*values: str) -> list[Document]:
+        documents = rendered(*values)
+        return [one(documents, kind)["spec"]["template"] for kind in ("Deployment", "StatefulSet")]
+
+    def restarts(before: list[str], after: list[str]) -> list[bool]:
+        return [old != new for old, new in zip(templates(*before), templates(*after), strict=True)]
+
+    first, second = ["objectStore.secretKey=first-secret"], ["objectStore.secretKey=second-secret"]
+    assert restarts([], []) == restarts(first, first) == [False, False]
+    assert restarts([], first) == restarts(first, second) == [True, True]
+    assert restarts(["objectStore.accessKey=a", *first], ["objectStore.accessKey=b", *first]) == [True, True]
+    assert restarts([], ["objectStore.prefix=other"]) == [True, False]
+    mine = "objectStore.existingSecret=mine"
+    assert restarts([mine, *first], [mine, *second]) == [False, False]
+    both = templates("operator.podAnnotations.note=x", *first)[0]["metadata"]["annotations"]
+    assert set(both) == {"note", "checksum/object-store"}
+    assert "first-secret" not in str(templates(*first))
+
+
 def test_stage_pods_reach_dns_and_the_store_and_are_scraped() -> None:
     policy = one(rendered(), "NetworkPolicy", "rlhf-rlhf-operator-stages")["spec"]
     assert policy["podSelector"]["matchLabels"].items() <= names.STAGE_LABELS.items()

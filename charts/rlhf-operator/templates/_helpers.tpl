@@ -125,6 +125,17 @@ seccompProfile: {type: RuntimeDefault}
   valueFrom: {secretKeyRef: {name: {{ include "rlhf.storeSecret" . }}, key: AWS_SECRET_ACCESS_KEY}}
 {{- end }}
 
+{{/*
+What restarts a pod when the credentials of the values change, which it reads from the Secret as it starts; generated ones
+never change, and whoever makes the Secret restarts what reads it. By scrypt: who may read a pod cannot guess from it.
+*/}}
+{{- define "rlhf.credentialsAnnotation" -}}
+{{- $store := .Values.objectStore }}
+{{- if and (not $store.existingSecret) (or $store.accessKey $store.secretKey) -}}
+checksum/object-store: {{ derivePassword 1 "long" $store.secretKey $store.accessKey (include "rlhf.fullname" .) | sha256sum | trunc 32 }}
+{{- end }}
+{{- end }}
+
 {{/* The store as arguments of rlhf_store.bucket. */}}
 {{- define "rlhf.storeArguments" -}}
 - --store={{ include "rlhf.storeURL" . }}
