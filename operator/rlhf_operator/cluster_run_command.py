@@ -91,7 +91,7 @@ def _ways_on(file: Path, name: str, where: ClusterOptions, status: RunStatus) ->
     """What a person may do about a run that failed."""
     ways = {"again": where.command("run", str(file))}
     if status.stage and any(stage.name == status.stage and stage.attempt for stage in status.stages):
-        ways = {"read": where.command("logs", name, "--stage", status.stage), **ways}
+        ways = {"logs": where.command("logs", name, "--stage", status.stage), **ways}
     return _lines(ways)
 
 

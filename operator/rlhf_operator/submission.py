@@ -28,21 +28,21 @@ def submitted(runs: ClusterRuns, document: Any, file: Path) -> Document:
     name = document["metadata"]["name"]
     there = runs.find(name)
     if there is None and (run := runs.create(document)) is not None:
-        _tell(runs, name, "was created")
+        _tell(runs, name, "created")
         return run
     there = there or runs.get(name)
     failed = (status := status_of(there)) is not None and status.phase == "Failed"
     found = _allowed_differences(runs, document, there, file)
     suspend, suspended = (bool(each["spec"].get("suspend")) for each in (document, there))
-    words = [f"is changed in {', '.join(found)}"] if found else []
+    words = [f"{', '.join(found)} changed"] if found else []
     patch = _patch(document, there, list(found))
     if failed and not suspend:
-        words = ["had failed and is asked for again", *words]
+        words = ["asked for again, as it had failed", *words]
         there = asked_again(runs, there, patch)
     elif words or suspend != suspended:
-        words = ([] if suspend == suspended else ["is suspended" if suspend else "is resumed"]) + words
+        words = ([] if suspend == suspended else ["suspended" if suspend else "resumed"]) + words
         there = runs.patch(name, patch)
-    _tell(runs, name, " and ".join(words) or "is there already")
+    _tell(runs, name, ", ".join(words) or "there already")
     return there
 
 
@@ -66,8 +66,8 @@ def _allowed_differences(
     else:
         delete = shlex.join(runs.options.kubectl("delete", SINGULAR, name))
         remedy = (
-            "Give the file another metadata.name: stages that come to the same are not run again. "
-            f"Or delete the run that is there: `{delete}`"
+            "Give the file another metadata.name: stages that both runs share are reused. "
+            f"Or delete the run that is there with `{delete}`, then run this again."
         )
     head = f"run {name!r} is in namespace {runs.namespace} already, and is not the one of {file}:"
     raise UserError("\n".join([head, *lines, remedy]))
@@ -99,4 +99,4 @@ def _patch(document: Any, there: Document, fields: Sequence[str]) -> Document:
 
 
 def _tell(runs: ClusterRuns, name: str, what: str) -> None:
-    print(f"rlhf: {name} {what} in namespace {runs.namespace}", file=sys.stderr)
+    print(f"rlhf: {name} in namespace {runs.namespace}: {what}", file=sys.stderr)

@@ -11,18 +11,18 @@ import shlex
 import signal
 import socket
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from bare_plane import ROOT, BarePlane, OperatorProcess, until
+from bare_plane import BarePlane, OperatorProcess, until
 from minio_server import PASSWORD, USER, MinioServer
+from shell import BIN, SECONDS, Done, Shell, ended
 from stage_player import NOBODY, PAGE, StagePlayer
 
 from rlhf_api.errors import FailureClass, StoreError
@@ -32,27 +32,20 @@ from rlhf_operator.port_forward import forwarded
 
 pytestmark = pytest.mark.timeout(600)
 
-BIN = ROOT / ".cache" / "cluster" / "bin"
 BUCKET = "rlhf"
 SECRET = "store"
-SECONDS = 120.0
 STAGES = ["import-model", "import-prompts", "reward", "ppo", "evaluate"]
 
 Document = dict[str, Any]
-Done = subprocess.CompletedProcess[str]
 
 
 @dataclass
-class Desk:
-    """A person's working folder, with a kubeconfig for one namespace; files of runs, and commands on them."""
+class Desk(Shell):
+    """A shell in one namespace, files of runs, and those who play the cluster's part."""
 
-    folder: Path
-    kubeconfig: Path
     namespace: str
     player: StagePlayer
     operator: OperatorProcess
-    environment: dict[str, str] = field(default_factory=dict)
-    """What the person's shell has besides."""
 
     def write(self, name: str, **spec: Any) -> Path:
         """The file of a run that has five stages and shares none of them with a run of another name."""
@@ -66,28 +59,6 @@ class Desk:
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump({**document, "spec": {**short, **spec}}))
         return path
-
-    def begin(self, *command: str | Path) -> "subprocess.Popen[str]":
-        """Start a command, as from a terminal but for the terminal."""
-        scripts = Path(sys.executable).parent
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-        environment |= {"PATH": f"{scripts}:{BIN}:{os.environ['PATH']}", "KUBECONFIG": str(self.kubeconfig)}
-        return subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env=environment | self.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def call(self, *command: str | Path) -> Done:
-        """What a command does."""
-        return ended(self.begin(*command))
-
-    def rlhf(self, *words: str | Path) -> Done:
-        return self.call("rlhf", *words, "--cluster")
 
     def kubectl(self, *words: str | Path, stdin: Any = None) -> str:
         """What kubectl prints. Fails with what it says."""
@@ -123,24 +94,14 @@ class Desk:
         until(waits, SECONDS, self.operator.last_lines)
 
 
-def ended(process: "subprocess.Popen[str]") -> Done:
-    """What a command has done once it has ended."""
-    with process:
-        try:
-            out, err = process.communicate(timeout=SECONDS)
-        finally:
-            process.kill()
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
 def check_failed(desk: Desk, said: Done, failure: FailureClass) -> None:
     """Fails unless `rlhf run` said why its run failed, what to do about it, and exited so."""
     assert said.returncode == EXIT_CODES[failure], said
-    _, why, read, again = said.stderr.splitlines()
+    _, why, logs, again = said.stderr.splitlines()
     assert why.startswith(f"rlhf: import-model: what a {failure} says")
     assert ("gave up after" in why) == (failure in ("infrastructure", "outOfMemory"))
     name = f"fails-{failure.lower()}"
-    assert read.split() == ["read", *f"rlhf logs {name} --stage import-model --cluster".split()]
+    assert logs.split() == ["logs", *f"rlhf logs {name} --stage import-model --cluster".split()]
     assert again.split() == ["again", *f"rlhf run {desk.folder / name}.yaml --cluster".split()]
 
 
@@ -217,7 +178,7 @@ def done(bench: Desk) -> tuple[str, Done]:
 
 def test_run_submits_follows_to_the_end_and_sums_up(desk: Desk, done: tuple[str, Done]) -> None:
     name, said = done
-    assert (said.returncode, said.stderr) == (0, f"rlhf: done was created in namespace {desk.namespace}\n")
+    assert (said.returncode, said.stderr) == (0, f"rlhf: done in namespace {desk.namespace}: created\n")
     assert desk.phase(name) == "Succeeded"
     lines = said.stdout.splitlines()
     heading = next(number for number, line in enumerate(lines) if line.split() == ["stage", "time", "figures"])
@@ -306,7 +267,7 @@ def test_the_same_run_again_is_followed(desk: Desk) -> None:
     desk.player.held.clear()
     said = ended(second)
     assert said.returncode == 0, said
-    assert said.stderr == f"rlhf: twice is there already in namespace {desk.namespace}\n"
+    assert said.stderr == f"rlhf: twice in namespace {desk.namespace}: there already\n"
     assert desk.run("twice")["metadata"]["generation"] == generation
 
 
@@ -337,7 +298,7 @@ def test_what_may_change_is_changed_and_the_rest_once_it_is_suspended(desk: Desk
     assert desk.rlhf("run", desk.write("changes", activeDeadlineSeconds=900), "--no-follow").returncode == 0
     desk.until_waits("changes", "reward")
     said = desk.rlhf("run", desk.write("changes"), "--no-follow")
-    assert said.stderr == f"rlhf: changes is changed in spec.activeDeadlineSeconds in namespace {desk.namespace}\n"
+    assert said.stderr == f"rlhf: changes in namespace {desk.namespace}: spec.activeDeadlineSeconds changed\n"
     assert "activeDeadlineSeconds" not in desk.run("changes")["spec"]
     placement = {"podTemplate": NOBODY, "nodeSelector": {"disk": "fast"}}
     file = desk.write("changes", placement=placement)
@@ -349,7 +310,8 @@ def test_what_may_change_is_changed_and_the_rest_once_it_is_suspended(desk: Desk
     desk.player.held.clear()
     resumed = desk.rlhf("run", file)
     assert resumed.returncode == 0, resumed
-    assert resumed.stderr.startswith("rlhf: changes is resumed and is changed in spec.placement.nodeSelector.disk in ")
+    said = f"rlhf: changes in namespace {desk.namespace}: resumed, spec.placement.nodeSelector.disk changed\n"
+    assert resumed.stderr == said
     assert desk.run("changes")["spec"]["placement"]["nodeSelector"] == {"disk": "fast"}
 
 
@@ -357,11 +319,14 @@ def test_a_failed_run_is_asked_for_again_elsewhere_if_the_file_says_so(desk: Des
     desk.player.failing["again", "reward"] = "gate"
     failed = desk.rlhf("run", desk.write("again"))
     assert failed.returncode == EXIT_CODES["gate"]
-    assert [line.split()[0] for line in failed.stderr.splitlines()[-2:]] == ["read", "again"]
+    assert [line.split()[0] for line in failed.stderr.splitlines()[-2:]] == ["logs", "again"]
     del desk.player.failing["again", "reward"]
     said = desk.rlhf("run", desk.write("again", placement={"podTemplate": NOBODY, "nodeSelector": {"disk": "fast"}}))
     assert said.returncode == 0, said
-    assert said.stderr.startswith("rlhf: again had failed and is asked for again and is changed in spec.placement.")
+    assert said.stderr == (
+        f"rlhf: again in namespace {desk.namespace}: asked for again, as it had failed, "
+        "spec.placement.nodeSelector.disk changed\n"
+    )
     assert desk.run("again")["spec"]["placement"]["nodeSelector"] == {"disk": "fast"}
 
 

@@ -1,0 +1,110 @@
+"""`rlhf … --cluster` where pods run: the log of one, and a store that only the cluster reaches. One run for all."""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+import yaml
+from release import Release, tiny_spec
+from shell import BIN, Done, Shell, ended
+
+from rlhf_api.errors import StoreError
+from rlhf_api.names import ENV_ACCESS_KEY, ENV_SECRET_KEY
+from rlhf_api.stage import StoreConfig
+from rlhf_operator.cluster_options import ClusterOptions
+from rlhf_operator.port_forward import forwarded
+from rlhf_store.artifacts import Manifest, open_artifacts
+
+pytestmark = pytest.mark.timeout(1500)
+
+CHAIN_SECONDS = 900.0
+NAME = "by-command"
+
+
+@pytest.fixture(scope="module")
+def shell(release: Release, tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    """A shell in the release's namespace."""
+    folder = tmp_path_factory.mktemp("shell")
+    config = yaml.safe_load(release.kubeconfig.read_text())
+    config["contexts"][0]["context"]["namespace"] = release.namespace
+    (folder / "kubeconfig").write_text(yaml.safe_dump(config))
+    document = {"apiVersion": "rlhf.dev/v1alpha1", "kind": "RLHFRun", "metadata": {"name": NAME}}
+    (folder / "run.yaml").write_text(yaml.safe_dump({**document, "spec": tiny_spec(seed=31)}))
+    return Shell(folder, folder / "kubeconfig")
+
+
+@pytest.fixture(scope="module")
+def followed(shell: Shell) -> Iterator["subprocess.Popen[str]"]:
+    """`rlhf run` of the run, as it follows."""
+    process = shell.begin("rlhf", "run", "run.yaml", "--cluster")
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
+def live(shell: Shell, release: Release, followed: "subprocess.Popen[str]") -> tuple[str, str, Done, str]:
+    """What of a stage's log was there while it ran, its pod, what `rlhf logs -f` did, and what kubectl knows after."""
+    release.until(lambda: release.get("rlhfruns"), 60)
+    pod = release.training_pod(NAME, "ppo", CHAIN_SECONDS)
+    following = shell.begin("rlhf", "logs", NAME, "--stage", "ppo", "--follow", "--cluster")
+    assert following.stdout
+    first = following.stdout.readline()
+    state = release.stages(NAME)["ppo"]["state"]
+    rest = ended(following, CHAIN_SECONDS)
+    said = subprocess.CompletedProcess(rest.args, rest.returncode, first + rest.stdout, rest.stderr)
+    return state, pod, said, release.kubectl("logs", pod).stdout
+
+
+@pytest.fixture(scope="module")
+def finished(live: object, followed: "subprocess.Popen[str]") -> Done:
+    """What `rlhf run` did."""
+    return ended(followed, CHAIN_SECONDS)
+
+
+def test_logs_of_a_running_pod_are_followed_to_its_end(live: tuple[str, str, Done, str]) -> None:
+    state, _, said, log = live
+    assert state == "Running"
+    assert (said.returncode, said.stderr) == (0, f"rlhf: {NAME}, ppo, attempt 1\n")
+    assert said.stdout == log
+    assert len(log.splitlines()) > 3
+
+
+def test_run_sums_up_from_a_store_that_only_the_cluster_reaches(finished: Done) -> None:
+    assert (finished.returncode, finished.stderr.count("\n")) == (0, 1), finished
+    assert "8 held-out prompts" in finished.stdout
+    assert "bag-of-words" in finished.stdout
+    assert finished.stdout.splitlines()[-1] == f"Report: rlhf report {NAME} --cluster"
+
+
+def test_report_and_generate_read_a_store_that_only_the_cluster_reaches(shell: Shell, finished: Done) -> None:
+    report = shell.rlhf("report", NAME)
+    assert (report.returncode, report.stdout) == (0, f"{NAME}-report.html\n"), report.stderr
+    assert "<html" in (shell.folder / f"{NAME}-report.html").read_text()
+    said = shell.rlhf("generate", NAME, "--prompt", "the film is", "--tokens", "4", "--json")
+    assert said.returncode == 0, said.stderr
+    [answer] = json.loads(said.stdout)
+    assert answer["prompt"] == "the film is"
+    assert {"reference", "policy"} <= answer.keys()
+
+
+def test_a_forward_to_a_port_where_nobody_listens_says_what_kubectl_says(
+    release: Release, shell: Shell, finished: Done, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    selector = release.get("service", release.store_name)["spec"]["selector"]
+    spec = {"selector": selector, "ports": [{"port": 4321}]}
+    document = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "deaf"}, "spec": spec}
+    release.kubectl("create", "-f", "-", stdin=document)
+    monkeypatch.setenv("PATH", f"{BIN}:{os.environ['PATH']}")
+    options = ClusterOptions(namespace=release.namespace, kubeconfig=release.kubeconfig)
+    keys = dict(zip((ENV_ACCESS_KEY, ENV_SECRET_KEY), release.credentials(), strict=True))
+
+    def listed() -> list[Manifest]:
+        with forwarded(options, "deaf", 4321) as address:
+            store = StoreConfig(url="s3://rlhf/runs", endpoint=f"http://{address}")
+            return list(open_artifacts(store, patience=2, environment=keys).list())
+
+    with pytest.raises(StoreError, match="4321.*refused"):
+        listed()
