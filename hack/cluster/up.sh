@@ -3,8 +3,6 @@
 set -euo pipefail
 . "$(dirname "$0")/env.sh"
 export KUBECONFIG=$kubeconfig
-"$here/tools.sh" node clients
-"$here/node-image.sh"
 hold cluster
 if kind get clusters 2>/dev/null | grep -qx "$cluster"; then
     if kubectl get --raw /readyz >/dev/null 2>&1; then
@@ -15,6 +13,8 @@ if kind get clusters 2>/dev/null | grep -qx "$cluster"; then
     say "what is left of a cluster that does not answer is removed"
     "$here/down.sh"
 fi
+"$here/tools.sh" node clients
+"$here/node-image.sh"
 mkdir -p /lib/modules # kind mounts it into the nodes, also where no kernel module lies in it
 # podman's own processes outlive this script: they must not keep its lock.
 kind create cluster --name "$cluster" --image "$node_image:$KUBERNETES" --config "$here/kind.yaml" --wait 180s 8>&- >&2
