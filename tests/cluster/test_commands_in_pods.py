@@ -106,5 +106,5 @@ def test_a_forward_to_a_port_where_nobody_listens_says_what_kubectl_says(
             store = StoreConfig(url="s3://rlhf/runs", endpoint=f"http://{address}")
             return list(open_artifacts(store, patience=2, environment=keys).list())
 
-    with pytest.raises(StoreError, match="4321.*refused"):
+    with pytest.raises(StoreError, match=r"4321.*refused"):
         listed()
