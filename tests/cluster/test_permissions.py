@@ -168,7 +168,7 @@ def test_no_permission_lacks_and_none_is_unused(installed: Installed) -> None:
         installed.api.request("DELETE", installed.path("cleaned"))
         installed.until_gone("cleaned")
         installed.until_gone("brief")
-        until(lambda: not installed.unused(), 30, lambda: f"granted and not used: {installed.unused()}")
+        until(lambda: not installed.unused(), 60, lambda: f"granted and not used: {installed.unused()}")
     assert installed.operator.runs
     refused = [each for each in installed.requests() if each["responseStatus"]["code"] in (401, 403)]
     assert [(each["verb"], each["requestURI"]) for each in refused] == []
