@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from bare_plane import ROOT
 
@@ -23,8 +24,8 @@ class Shell:
     environment: dict[str, str] = field(default_factory=dict, kw_only=True)
     """More variables."""
 
-    def begin(self, *command: str | Path) -> "subprocess.Popen[str]":
-        """Start a command."""
+    def begin(self, *command: str | Path, out: IO[str] | None = None) -> "subprocess.Popen[str]":
+        """Start a command, which writes to `out` if that is given."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
         path = f"{Path(sys.executable).parent}:{BIN}:{os.environ['PATH']}"
         return subprocess.Popen(
@@ -32,7 +33,7 @@ class Shell:
             cwd=self.folder,
             env=environment | {"PATH": path, "KUBECONFIG": str(self.kubeconfig)} | self.environment,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=out or subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
