@@ -67,7 +67,9 @@ def _local_port(said: "queue.Queue[str | None]", service: str, seconds: float) -
             f"Service {service}: kubectl port-forward was not ready within {seconds:g} s; see that its pod and the "
             "pod's node answer, or give --endpoint with an address of the store that this machine reaches"
         ) from None
-    raise StoreError(f"Service {service}: cannot be reached: {' '.join(heard) or 'kubectl port-forward ended'}")
+    raise StoreError(
+        f"Service {service}: cannot be reached: {' '.join(filter(None, heard)) or 'kubectl port-forward ended'}"
+    )
 
 
 def _taken(said: "queue.Queue[str | None]") -> list[str]:

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_api.errors import StoreError, UserError
 from rlhf_api.names import EXIT_CODES
+from rlhf_operator.cluster_options import ClusterOptions
+from rlhf_operator.port_forward import forwarded
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,3 +45,24 @@ def test_without_a_cluster_it_is_one_line_and_kubectl_rlhf_needs_no_option(
 def test_a_kubeconfig_that_is_missing_is_named(tmp_path: Path) -> None:
     ended = called("kubectl-rlhf", tmp_path, "status", "--kubeconfig", "mine")
     assert (ended.returncode, ended.stderr) == (2, "rlhf: --kubeconfig mine: there is no such file\n")
+
+
+def test_without_kubectl_the_way_to_a_store_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with (
+        pytest.raises(UserError, match="Service store: is reached through kubectl, which is not in PATH"),
+        forwarded(ClusterOptions(), "store", 9000),
+    ):
+        pass
+
+
+def test_a_kubectl_that_ends_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text("#!/bin/sh\necho; echo error: no such pod >&2\nexit 1\n")
+    kubectl.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with (
+        pytest.raises(StoreError, match="Service store: cannot be reached: error: no such pod"),
+        forwarded(ClusterOptions(), "store", 9000),
+    ):
+        pass
