@@ -7,6 +7,7 @@ its stage would. What needs pods that run is in test_commands_in_pods.py.
 import json
 import os
 import re
+import select
 import shlex
 import signal
 import socket
@@ -356,6 +357,7 @@ def test_no_operator_is_said(desk: Desk) -> None:
     following = desk.begin("rlhf", "run", desk.write("nobodys"), "--cluster", "-n", "default")
     try:
         assert following.stdout
+        assert select.select([following.stdout], [], [], SECONDS)[0]
         line = following.stdout.readline()
     finally:
         following.kill()
