@@ -68,7 +68,18 @@ def load_base(folder: Path, quantization: Quantization, device: torch.device, cl
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
     model.config.use_cache = False
+    if quantization.type == "nf4":
+        _keep_packing(model)
     return model.requires_grad_(False).eval()
+
+
+def _keep_packing(model: nn.Module) -> None:
+    """On a CPU with AVX512-BF16 bitsandbytes packs weights anew for the first pass that needs no gradient, their scales
+    as bfloat16: a rollout would compute with other weights than training, and widths below a block of 64 would fail.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> Any:

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rlhf_api.errors import UserError
-from rlhf_api.run import Lora
+from rlhf_api.run import Lora, Quantization
+from rlhf_pipeline.models import load_base
 from rlhf_pipeline.roles import Roles, positions_of
 
 
@@ -55,6 +56,15 @@ def test_the_reference_is_the_untouched_base(tmp_path: Path) -> None:
     expected = plain(input_ids=ids, attention_mask=mask.long(), position_ids=positions_of(mask)).logits
     roles = roles_of(tmp_path / "roles")
     assert torch.equal(roles.logits(roles.hidden("reference", roles.trunk(ids, mask)))[mask], expected[mask])
+
+
+def test_a_quantised_base_computes_the_same_with_and_without_a_gradient(tmp_path: Path) -> None:
+    # bitsandbytes has a second arithmetic for CPUs with AVX512-BF16, which it takes where there is no gradient.
+    model = load_base(build_tiny_model(tmp_path, hidden=64), Quantization(type="nf4"), torch.device("cpu"))
+    inputs = model.get_input_embeddings()(batch()[0])
+    trained = model(inputs_embeds=inputs.detach().requires_grad_()).logits
+    with torch.no_grad():
+        assert torch.equal(model(inputs_embeds=inputs).logits, trained)
 
 
 @pytest.mark.parametrize("layers", ["all", "top:1"])
