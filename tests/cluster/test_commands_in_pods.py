@@ -58,7 +58,7 @@ class Followed:
 @pytest.fixture(scope="module")
 def live(shell: Shell, release: Release, followed: "subprocess.Popen[str]") -> Followed:
     release.until(lambda: release.get("rlhfruns"), 60)
-    pod = release.training_pod(NAME, "ppo", CHAIN_SECONDS)
+    pod = release.running_pod(NAME, "ppo", CHAIN_SECONDS)
     path = shell.folder / "ppo.log"
     with path.open("w") as out:
         following = shell.begin("rlhf", "logs", NAME, "--stage", "ppo", "--follow", "--cluster", out=out)
