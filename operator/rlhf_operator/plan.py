@@ -190,7 +190,7 @@ def plan(run: RLHFRun, observed: Observed, now: float) -> Plan:
         progress=current.progress if current else None,
         eta=_eta(views, current.name) if current else None,
         taken=run.status.taken if run.status else {},
-        reward=next((stage.metrics.get("reward") for stage in stages if stage.name == "ppo"), None),
+        reward=_reward(stages),
         observed_generation=run.metadata.generation,
         asked_at=stamp(observed.asked_at) if observed.asked_at else None,
         suspend=run.spec.suspend,
@@ -482,6 +482,12 @@ def _retry_at(view: _View) -> float | None:
 
 def _backoff(count: int) -> float:
     return min(BACKOFF_SECONDS * 2.0 ** min(count - 1, 16), MAX_BACKOFF_SECONDS)
+
+
+def _reward(stages: Sequence[StageStatus]) -> float | None:
+    """PPO's, in four digits: a column of `kubectl get` shows all that there are."""
+    found = next((stage.metrics.get("reward") for stage in stages if stage.name == "ppo"), None)
+    return None if found is None else float(f"{found:.4g}")
 
 
 def _stage_status(view: _View, observed: Observed, suspend: bool, failure: StageFailure | None) -> StageStatus:

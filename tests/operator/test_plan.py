@@ -80,6 +80,13 @@ def holds(status: RunStatus) -> set[str]:
     return {condition.type for condition in status.conditions if condition.status == "True"}
 
 
+def test_the_reward_that_status_shows_is_ppos_in_four_digits() -> None:
+    rewards = {"reward": {"reward": 0.25}, "ppo": {"reward": -1.0302891135}}
+    artifacts = {str(LINKS[stage].output): metrics for stage, metrics in rewards.items()}
+    assert plan(resource(), Observed(artifacts=artifacts), NOW).status.reward == -1.03
+    assert plan(resource(), Observed(), NOW).status.reward is None
+
+
 ALL = [stage.name for stage in STAGES]
 
 
