@@ -87,7 +87,8 @@ start_components() {
     write_kubeconfig
     until_true 60 "the API server" kubectl get --raw /readyz
     # Only now: it ends at once where the API server has not yet written its first roles and configuration.
-    component kube-controller-manager --kubeconfig "$KUBECONFIG" --leader-elect=false --secure-port 0 $fast \
+    # A quota that is made before its resource is known is looked at again only then.
+    component kube-controller-manager --resource-quota-sync-period 5s --kubeconfig "$KUBECONFIG" --leader-elect=false --secure-port 0 $fast \
         --concurrent-job-syncs 20 \
         --root-ca-file "$dir/certs/apiserver.crt" \
         --service-account-private-key-file "$dir/certs/service-accounts.key"

@@ -19,7 +19,7 @@ from between import Between
 from stage_player import NOBODY, StagePlayer
 
 from rlhf_api.names import API_VERSION, GROUP, KIND, LABEL_ATTEMPT, LABEL_STAGE, PLURAL, VERSION
-from rlhf_operator.kubernetes_api import KubernetesApi
+from rlhf_operator.kubernetes_api import ApiError, KubernetesApi
 from rlhf_operator.leadership import LEASE_SECONDS, RENEW_WITHIN
 
 pytestmark = pytest.mark.timeout(900)
@@ -73,9 +73,12 @@ class World:
         return status
 
     def succeeded(self) -> bool:
-        phase = self.status().get("phase")
-        assert phase != "Failed", self.status()
-        return phase == "Succeeded"
+        try:
+            status = self.status()
+        except ApiError:  # an API server that is away, or back for a moment
+            return False
+        assert status.get("phase") != "Failed", status
+        return status.get("phase") == "Succeeded"
 
     def attempts(self) -> list[tuple[str, str]]:
         """Stage and number of every Job there is, in order."""
