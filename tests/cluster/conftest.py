@@ -18,7 +18,14 @@ SCRIPTS = ROOT / "hack" / "cluster"
 BIN = ROOT / ".cache" / "cluster" / "bin"
 
 # What kubectl says of an API server that is about to come back: tests of other things do not depend on such moments.
-AWAY = ("was refused", "TLS handshake timeout", "unexpected EOF", "connection reset", "etcdserver: leader changed")
+AWAY = (
+    "was refused",
+    "TLS handshake timeout",
+    "unexpected EOF",
+    "connection reset",
+    "etcdserver: leader changed",
+    'User "kubernetes-admin" cannot',  # one that is just back has read no roles yet
+)
 AWAY_SECONDS = 60
 
 Kubectl = Callable[..., "subprocess.CompletedProcess[str]"]
