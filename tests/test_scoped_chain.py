@@ -130,10 +130,10 @@ def test_a_run_needs_its_own_prefix_and_no_more(
 
 def test_the_operator_finds_the_store_ready(store: StoreConfig, bucket: str, document: dict[str, Any]) -> None:
     settings = OperatorSettings(image="rlhf-pipeline", bucket=bucket, prefix=PREFIX, endpoint=store.endpoint)
-    seen = StoreView(settings).look(parse_run(document), {})
+    seen = StoreView(settings).look(parse_run(document), {}, 0.0)
     assert (seen.asked, seen.problem) == (True, None)
     settings = OperatorSettings(image="rlhf-pipeline", bucket=bucket, prefix=NEIGHBOUR, endpoint=store.endpoint)
-    assert "refused the credentials" in str(StoreView(settings).look(parse_run(document), {}).problem)
+    assert "refused the credentials" in str(StoreView(settings).look(parse_run(document), {}, 0.0).problem)
 
 
 @pytest.mark.parametrize(

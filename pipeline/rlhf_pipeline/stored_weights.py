@@ -63,6 +63,6 @@ class Shipping:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(cancel_futures=kind is not None)
         if self._last and kind is None:
             self._last.result()

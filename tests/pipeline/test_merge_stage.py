@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from rlhf_pipeline.__main__ import run_stage
 from rlhf_pipeline.adapters import save_adapter
 from rlhf_pipeline.drift import BATCH_TOKENS, TOKENS, few_rows
 from rlhf_pipeline.models import load_tokenizer, lora_config
+from rlhf_pipeline.stored_weights import Shipping
 
 torch.set_num_threads(1)
 LORA = Lora(rank=4, alpha=8)
@@ -111,6 +113,27 @@ def test_weight_files_pass_one_by_one(
     expected = whole.fetch(whole.run(config(whole, Quantization(type="none"), held_out)))
     states = [AutoModelForCausalLM.from_pretrained(each).state_dict() for each in (runs.fetch(manifest), expected)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+
+
+def test_a_file_that_waits_to_be_sent_is_sent_unless_the_stage_fails(runs: StageRuns) -> None:
+    stage = runs.stage(config(runs, Quantization(type="none"), []))
+    names = ("kept.safetensors", "dropped.safetensors")
+    for name in names:
+        (stage.output / name).write_bytes(b"weights")
+    go_on = threading.Event()
+    with Shipping(stage, keep=False) as shipping:
+        shipping._pool.submit(go_on.wait)  # so that the file waits when the block ends
+        shipping.send(stage.output / names[0])
+        threading.Timer(0.2, go_on.set).start()
+    assert not (stage.output / names[0]).exists()
+    go_on.clear()
+    with pytest.raises(ValueError, match="broke"), Shipping(stage, keep=False) as shipping:  # noqa: PT012
+        shipping._pool.submit(go_on.wait)
+        shipping.send(stage.output / names[1])
+        threading.Timer(0.2, go_on.set).start()
+        raise ValueError("broke")
+    assert (stage.output / names[1]).exists()
+    stage.close()
 
 
 def test_few_rows_bound_the_work() -> None:
