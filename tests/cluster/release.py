@@ -258,6 +258,18 @@ class Release:
                 patch.setenv(name, value)
             yield f"http://{address}"
 
+    def forget(self, name: str, *stages: str) -> None:
+        """Delete what stages of a run made from the store: another run of its spec makes them again, and no others."""
+        spec = self.get("rlhfrun", name)["spec"]
+        made = self.stages(name)
+        with self.store() as store:
+            for stage in stages:
+                folder = f"{spec.get('objectStore', {}).get('prefix') or PREFIX}/artifacts/{made[stage]['artifact']}/"
+                found = [each.object_name or "" for each in store.list_objects(BUCKET, folder, recursive=True)]
+                assert found, folder
+                for key in found:
+                    store.remove_object(BUCKET, key)
+
     def credentials(self) -> tuple[str, str]:
         """Access key and secret key of the release's object store."""
         data = self.get("secret", STORE_SECRET)["data"]
