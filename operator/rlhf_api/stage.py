@@ -64,6 +64,12 @@ class ArtifactRef(Section):
     def __str__(self) -> str:
         return f"{self.kind}/{self.digest}"
 
+    @classmethod
+    def parse(cls, text: str) -> "ArtifactRef":
+        """The address written as kind/digest. Raises ValueError for anything else."""
+        kind, _, digest = text.partition("/")
+        return cls.model_validate({"kind": kind, "digest": digest})
+
 
 class StoreConfig(Section):
     """Which object store, never with credentials: those come from the environment."""

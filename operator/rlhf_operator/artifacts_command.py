@@ -2,6 +2,9 @@
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import get_args
 
@@ -10,6 +13,7 @@ from rich.table import Table
 from rlhf_api.errors import UserError
 from rlhf_api.names import EXIT_OK, EXIT_USER
 from rlhf_api.stage import ArtifactKind, ArtifactRef
+from rlhf_operator.cluster_options import ClusterOptions
 from rlhf_operator.display import console
 from rlhf_operator.figures import duration, size
 from rlhf_operator.place import chosen_store, home
@@ -18,10 +22,43 @@ from rlhf_operator.summary import artifact_of
 from rlhf_store.artifacts import Artifacts, open_artifacts
 
 
-def list_artifacts(kind: str | None, store_url: str | None, endpoint: str | None, as_json: bool) -> None:
+@dataclass(frozen=True)
+class Place:
+    """Which store a command is about: that of the options, else of `where`, else the one in .rlhf."""
+
+    where: ClusterOptions | None = None
+    store_url: str | None = None
+    endpoint: str | None = None
+
+    @contextmanager
+    def opened(self) -> Iterator[Artifacts]:
+        """The store, within reach for as long as this lasts. Raises UserError if it is not clear which."""
+        if self.where is None:
+            yield open_artifacts(chosen_store(self.store_url, self.endpoint))
+            return
+        from rlhf_operator.cluster_store import artifacts_in_cluster
+
+        with artifacts_in_cluster(self.where, self.store_url, self.endpoint) as artifacts:
+            yield artifacts
+
+    def kept(self) -> set[ArtifactRef]:
+        """What runs name: those of this folder, and of the whole cluster."""
+        kept = set()
+        for name in home().run_names():
+            status = home().run_folder(name).need_status()
+            kept |= {ref for stage in STAGES if (ref := artifact_of(status, stage.name))}
+        if self.where is not None:
+            from rlhf_operator.cluster_store import artifacts_of_all_runs
+
+            kept |= artifacts_of_all_runs(self.where)
+        return kept
+
+
+def list_artifacts(kind: str | None, place: Place, as_json: bool) -> None:
     """One line an artifact, the newest last. Raises UserError if there is no such kind."""
-    artifacts = open_artifacts(chosen_store(store_url, endpoint))
-    manifests = sorted(artifacts.list(_kind(kind)), key=lambda manifest: manifest.created_at)
+    asked = _kind(kind)
+    with place.opened() as artifacts:
+        manifests = sorted(artifacts.list(asked), key=lambda manifest: manifest.created_at)
     if as_json:
         rows = [
             {"ref": str(m.ref), "size": m.size, "files": len(m.files), "createdAt": m.created_at, "content": m.content}
@@ -39,11 +76,11 @@ def list_artifacts(kind: str | None, store_url: str | None, endpoint: str | None
     console().print(table if manifests else "no artifacts")
 
 
-def verify_artifacts(names: list[str], store_url: str | None, endpoint: str | None, as_json: bool) -> int:
+def verify_artifacts(names: list[str], place: Place, as_json: bool) -> int:
     """Print what is wrong with each artifact; returns the exit code, not 0 if anything is."""
-    artifacts = open_artifacts(chosen_store(store_url, endpoint))
-    refs = [_ref(artifacts, name) for name in names] or [manifest.ref for manifest in artifacts.list()]
-    found = {str(ref): artifacts.verify(ref) for ref in refs}
+    with place.opened() as artifacts:
+        refs = [_ref(artifacts, name) for name in names] or [manifest.ref for manifest in artifacts.list()]
+        found = {str(ref): artifacts.verify(ref) for ref in refs}
     if as_json:
         print(json.dumps(found))
     else:
@@ -53,13 +90,11 @@ def verify_artifacts(names: list[str], store_url: str | None, endpoint: str | No
     return EXIT_USER if any(found.values()) else EXIT_OK
 
 
-def collect_garbage(
-    older_than_hours: float, unkept: bool, dry_run: bool, store_url: str | None, endpoint: str | None, as_json: bool
-) -> None:
-    """Remove garbage; print what it was. The artifacts that the runs of this folder name are kept."""
-    artifacts = open_artifacts(chosen_store(store_url, endpoint))
+def collect_garbage(older_than_hours: float, unkept: bool, dry_run: bool, place: Place, as_json: bool) -> None:
+    """Remove garbage; print what it was. What runs name is kept, half made or whole."""
     age = timedelta(hours=older_than_hours)
-    removed = artifacts.gc(_kept(), age, dry_run=dry_run, unkept=unkept)
+    with place.opened() as artifacts:
+        removed = artifacts.gc(place.kept(), age, dry_run=dry_run, unkept=unkept)
     if as_json:
         print(json.dumps([{"reason": each.reason, "keys": list(each.keys), "size": each.size} for each in removed]))
         return
@@ -67,14 +102,6 @@ def collect_garbage(
         print(f"{each.reason} ({size(each.size)})")
     verb = "would free" if dry_run else "freed"
     print(f"{verb} {size(sum(each.size for each in removed))} in {len(removed)} places")
-
-
-def _kept() -> set[ArtifactRef]:
-    kept = set()
-    for name in home().run_names():
-        status = home().run_folder(name).need_status()
-        kept |= {ref for stage in STAGES if (ref := artifact_of(status, stage.name))}
-    return kept
 
 
 def _kind(name: str | None) -> ArtifactKind | None:

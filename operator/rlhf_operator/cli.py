@@ -25,6 +25,7 @@ artifacts_app = typer.Typer(help="List, check and clean the store.", no_args_is_
 app.add_typer(artifacts_app, name="artifacts")
 
 IN_CLUSTERS = ("run", "status", "logs", "suspend", "resume", "report", "generate")
+ARTIFACTS_IN_CLUSTERS = ("ls", "verify", "gc")
 """The commands that know runs in a cluster."""
 
 RunFile = Annotated[Path, typer.Argument(help="RLHFRun as YAML or JSON.", metavar="FILE")]
@@ -182,20 +183,24 @@ def generate(
 
 
 @artifacts_app.command("ls")
+@on_cluster
 def artifacts_ls(
+    where: ClusterOptions | None,
     kind: Annotated[str | None, typer.Argument(help="Only this kind, such as policy.")] = None,
     store: StoreURL = None,
     endpoint: Endpoint = None,
     json: AsJSON = False,
 ) -> None:
     """List the artifacts of the store."""
-    from rlhf_operator.artifacts_command import list_artifacts
+    from rlhf_operator.artifacts_command import Place, list_artifacts
 
-    list_artifacts(kind, store, endpoint, json)
+    list_artifacts(kind, Place(where, store, endpoint), json)
 
 
 @artifacts_app.command("verify")
+@on_cluster
 def artifacts_verify(
+    where: ClusterOptions | None,
     refs: Annotated[
         list[str] | None, typer.Argument(help="KIND/DIGEST, or the first digits; all, if left out.")
     ] = None,
@@ -204,16 +209,19 @@ def artifacts_verify(
     json: AsJSON = False,
 ) -> None:
     """Read artifacts back and compare every byte with what was committed."""
-    from rlhf_operator.artifacts_command import verify_artifacts
+    from rlhf_operator.artifacts_command import Place, verify_artifacts
 
-    raise typer.Exit(verify_artifacts(refs or [], store, endpoint, json))
+    raise typer.Exit(verify_artifacts(refs or [], Place(where, store, endpoint), json))
 
 
 @artifacts_app.command("gc")
+@on_cluster
 def artifacts_gc(
+    where: ClusterOptions | None,
     older_than: Annotated[float, typer.Option(min=0, help="Hours that garbage must have been left alone.")] = 24.0,
     unkept: Annotated[
-        bool, typer.Option("--unkept", help="Also remove artifacts that no run of this folder names.")
+        bool,
+        typer.Option("--unkept", help="Also remove artifacts that no run of this folder, or of the cluster, names."),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
     store: StoreURL = None,
@@ -221,9 +229,9 @@ def artifacts_gc(
     json: AsJSON = False,
 ) -> None:
     """Remove what killed stages left behind."""
-    from rlhf_operator.artifacts_command import collect_garbage
+    from rlhf_operator.artifacts_command import Place, collect_garbage
 
-    collect_garbage(older_than, unkept, dry_run, store, endpoint, json)
+    collect_garbage(older_than, unkept, dry_run, Place(where, store, endpoint), json)
 
 
 def main() -> None:
@@ -233,7 +241,14 @@ def main() -> None:
 
 def kubectl_main() -> None:
     """The console script `kubectl-rlhf`, which kubectl runs as `kubectl rlhf`: the same, about runs in a cluster."""
-    _main(KUBECTL, {name: {"cluster": True} for name in IN_CLUSTERS})
+    in_cluster = {"cluster": True}
+    _main(
+        KUBECTL,
+        {
+            **dict.fromkeys(IN_CLUSTERS, in_cluster),
+            "artifacts": dict.fromkeys(ARTIFACTS_IN_CLUSTERS, in_cluster),
+        },
+    )
 
 
 def _main(program: str, defaults: dict[str, Any] | None = None) -> None:

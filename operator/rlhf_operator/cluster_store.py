@@ -1,4 +1,4 @@
-"""The artifacts of a run in a cluster, read from here: with whose credentials, and by which way."""
+"""The artifacts of runs in a cluster, read from here: with whose credentials, and by which way."""
 
 import base64
 import os
@@ -11,13 +11,15 @@ from urllib.parse import urlsplit
 from rlhf_api.errors import StoreError, UserError
 from rlhf_api.names import ENV_ACCESS_KEY, ENV_SECRET_KEY, ENV_SESSION_TOKEN
 from rlhf_api.run import StoreStatus
-from rlhf_api.stage import StoreConfig
+from rlhf_api.stage import ArtifactRef, StoreConfig
 from rlhf_operator.cluster_options import ClusterOptions
 from rlhf_operator.cluster_runs import ClusterRuns
+from rlhf_operator.deletion import artifacts_named
 from rlhf_operator.followed import status_of
 from rlhf_operator.kubernetes_api import Denied
 from rlhf_operator.open_run import OpenRun
 from rlhf_operator.port_forward import forwarded
+from rlhf_store.artifacts import Artifacts, open_artifacts
 
 CREDENTIALS: Final = (ENV_ACCESS_KEY, ENV_SECRET_KEY, ENV_SESSION_TOKEN)
 PORTS: Final = {"http": 80, "https": 443}
@@ -33,10 +35,50 @@ def opened_in_cluster(name: str, where: ClusterOptions, endpoint: str | None) ->
     status = status_of(runs.get(name))
     if status is None or status.store is None:
         raise UserError(f"run {name!r}: no operator has looked at it yet; see `{where.command('status', name)}`")
-    environment, whose = _credentials(runs, status.store)
-    with _reachable(runs, status.store, endpoint) as store:
+    with _within_reach(runs, status.store, endpoint) as (store, environment):
+        yield OpenRun(name, status, store, environment, f"see `{where.command('status', name)}`")
+
+
+@contextmanager
+def artifacts_in_cluster(where: ClusterOptions, url: str | None, endpoint: str | None) -> Iterator[Artifacts]:
+    """The store of a namespace's runs, within reach for as long as this lasts.
+
+    `url`: which of them, if there are several; `endpoint`: in place of the runs'. Raises UserError if that leaves none
+    or more than one.
+    """
+    runs = ClusterRuns(where)
+    statuses = [status_of(run) for run in runs.runs()]
+    stores = {status.store.url: status.store for status in statuses if status and status.store}
+    if url is not None and url not in stores:
+        known = f"they have {', '.join(sorted(stores))}" if stores else "none of them has a store yet"
+        raise UserError(f"--store {url}: no run of namespace {runs.namespace} has it; {known}")
+    if url is None and len(stores) != 1:
+        choice = (
+            f"choose one with --store: {', '.join(sorted(stores))}" if stores else "look elsewhere with --namespace"
+        )
+        raise UserError(f"namespace {runs.namespace}: its runs have {len(stores) or 'no'} stores; {choice}")
+    with _within_reach(runs, stores[url] if url else next(iter(stores.values())), endpoint) as (store, environment):
+        yield open_artifacts(store, environment=environment)
+
+
+def artifacts_of_all_runs(where: ClusterOptions) -> set[ArtifactRef]:
+    """What the runs of every namespace made, mean to make or took over: they may share a store.
+
+    Raises UserError if not every namespace may be read.
+    """
+    documents = ClusterRuns(where).runs(everywhere=True)
+    return {ArtifactRef.parse(name) for document in documents for name in artifacts_named(document)}
+
+
+@contextmanager
+def _within_reach(
+    runs: ClusterRuns, store: StoreStatus, endpoint: str | None
+) -> Iterator[tuple[StoreConfig, Mapping[str, str]]]:
+    """The store as this machine reaches it, and an environment with its keys; a failure says whose they are."""
+    environment, whose = _credentials(runs, store)
+    with _reachable(runs, store, endpoint) as config:
         try:
-            yield OpenRun(name, status, store, environment, f"see `{where.command('status', name)}`")
+            yield config, environment
         except StoreError as error:
             raise StoreError(f"{error} (credentials: {whose})") from error
 

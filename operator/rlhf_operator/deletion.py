@@ -32,13 +32,14 @@ def artifacts_of_none_but(document: Document, others: Iterable[Document]) -> lis
     of other clusters, or `rlhf run`, share with it in the same store is not known here.
     """
     uid = document["metadata"]["uid"]
-    used = {name for other in others if other["metadata"]["uid"] != uid for name in _named(other)}
+    used = {name for other in others if other["metadata"]["uid"] != uid for name in artifacts_named(other)}
     taken = set((document.get("status") or {}).get("taken", {}).values())
-    found = dict.fromkeys(name for name in _named(document) if name not in used | taken)
-    return [ArtifactRef.model_validate(dict(zip(("kind", "digest"), name.split("/"), strict=True))) for name in found]
+    found = dict.fromkeys(name for name in artifacts_named(document) if name not in used | taken)
+    return [ArtifactRef.parse(name) for name in found]
 
 
-def _named(document: Document) -> list[str]:
+def artifacts_named(document: Document) -> list[str]:
+    """kind/digest of what a run made, means to make or took over, the last stage's first."""
     status: dict[str, Any] = document.get("status") or {}
     stages: list[dict[str, Any]] = status.get("stages") or []
     return [stage["artifact"] for stage in reversed(stages) if stage.get("artifact")] + [

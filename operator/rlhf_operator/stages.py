@@ -89,16 +89,11 @@ def chain(run: RLHFRun, fingerprints: Fingerprints) -> list[Link]:
         skipped = stage.skipped(run.spec)
         if (over := taken.get(stage.name)) is not None:
             skipped = None if over else f"the run {run.spec.fork_from.run if run.spec.fork_from else ''} has none"
-            output = _reference(over) if over else output
+            output = ArtifactRef.parse(over) if over else output
         links.append(Link(stage, settings, inputs, output, skipped, bool(over)))
         if skipped is None:
             made[stage.output] = output
     return links
-
-
-def _reference(text: str) -> ArtifactRef:
-    kind, _, digest = text.partition("/")
-    return ArtifactRef.model_validate({"kind": kind, "digest": digest})
 
 
 def _no_sft(spec: RunSpec) -> str | None:

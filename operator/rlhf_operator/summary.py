@@ -40,10 +40,7 @@ class Summary:
 def artifact_of(status: RunStatus, stage: str) -> ArtifactRef | None:
     """The address of a stage's output, committed or not; None where the stage does not run."""
     found = next((each.artifact for each in status.stages if each.name == stage), None)
-    if found is None:
-        return None
-    kind, _, digest = found.partition("/")
-    return ArtifactRef.model_validate({"kind": kind, "digest": digest})
+    return ArtifactRef.parse(found) if found else None
 
 
 def summarize(status: RunStatus, artifacts: Artifacts) -> Summary:

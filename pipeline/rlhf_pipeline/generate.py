@@ -120,9 +120,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _ref(text: str, option: str) -> ArtifactRef:
-    kind, _, digest = text.partition("/")
     try:
-        return ArtifactRef.model_validate({"kind": kind, "digest": digest})
+        return ArtifactRef.parse(text)
     except ValueError as error:
         raise UserError(f"{option}: {text!r} is no artifact's address; it is kind/digest") from error
 

@@ -112,7 +112,7 @@ def until[T](found: Callable[[], T], seconds: float, otherwise: str | Callable[[
         if time.monotonic() > deadline:
             said = otherwise if isinstance(otherwise, str) else otherwise()
             raise AssertionError(f"not within {seconds:g} s: {said}")
-        time.sleep(0.05)
+        time.sleep(0.2)
     return value
 
 

@@ -10,14 +10,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from minio import Minio
+from objects import Objects
 
-from rlhf_api.names import ENV_ACCESS_KEY, ENV_SECRET_KEY, PROGRESS_FILE, STAGE_WORK
+from rlhf_api.names import ENV_ACCESS_KEY, ENV_SECRET_KEY, PLURAL, PROGRESS_FILE, STAGE_WORK
 from rlhf_api.stage import ArtifactRef, StoreConfig
 from rlhf_store.artifacts import open_artifacts
 
@@ -52,10 +54,10 @@ class Release:
         """kubectl in the release's namespace."""
         return self.kubectl_("--namespace", self.namespace, *arguments, **options)
 
-    def get(self, *arguments: str) -> Any:
-        """What `kubectl get ARGUMENTS` finds; the list of items where it is a list."""
-        found = json.loads(self.kubectl("get", *arguments, "-o", "json").stdout)
-        return found["items"] if found["kind"].endswith("List") else found
+    @cached_property
+    def objects(self) -> Objects:
+        """What is in the release's namespace."""
+        return Objects(self.kubeconfig, self.namespace)
 
     def helm(self, *arguments: str | Path, check: bool = True) -> "subprocess.CompletedProcess[str]":
         """helm in the release's namespace; fails with what it said."""
@@ -92,7 +94,7 @@ class Release:
 
     def status(self, name: str) -> Document:
         """The status of a run; empty before there is one."""
-        status: Document = self.get("rlhfrun", name).get("status") or {}
+        status: Document = self.objects.get(PLURAL, name).get("status") or {}
         return status
 
     def stages(self, name: str) -> dict[str, Document]:
@@ -111,7 +113,7 @@ class Release:
     def jobs(self, name: str) -> dict[str, list[int]]:
         """Stage -> numbers of the attempts for which there is a Job, sorted."""
         found: dict[str, list[int]] = {}
-        for job in self.get("jobs", "-l", f"rlhf.dev/run={name}"):
+        for job in self.objects.list("jobs", f"rlhf.dev/run={name}"):
             labels = job["metadata"]["labels"]
             found.setdefault(labels["rlhf.dev/stage"], []).append(int(labels["rlhf.dev/attempt"]))
         return {stage: sorted(numbers) for stage, numbers in found.items()}
@@ -119,8 +121,7 @@ class Release:
     def pods(self, name: str, stage: str | None = None) -> list[Document]:
         """The pods of a run, or of one of its stages."""
         selector = f"rlhf.dev/run={name}" + (f",rlhf.dev/stage={stage}" if stage else "")
-        pods: list[Document] = self.get("pods", "-l", selector)
-        return pods
+        return self.objects.list("pods", selector)
 
     def running_pod(self, name: str, stage: str, timeout: float = 120) -> str:
         """Name of the pod of a stage that runs, waited for."""
@@ -144,15 +145,16 @@ class Release:
             assert state in ("Running", "Pending", "Waiting"), f"{stage} ended before a step was seen: {state}"
             return said.returncode == 0 and int(json.loads(said.stdout)["step"]) > 0
 
-        self.until(stepped, timeout, lambda: f"{stage} made no step\n{self.words(name)}", every=0.1)
+        self.until(stepped, timeout, lambda: f"{stage} made no step\n{self.words(name)}", every=0.2)
         return pod
 
     def wait(self, name: str, condition: str = "Succeeded", timeout: float = 600) -> Document:
         """Wait for a condition of a run, and return its status. Fails as soon as the run has ended otherwise."""
 
         def reached() -> bool:
-            phase = self.status(name).get("phase")
-            if self.condition(name, condition).get("status") == "True":
+            status = self.status(name)
+            phase = status.get("phase")
+            if (condition, "True") in {(each["type"], each["status"]) for each in status.get("conditions", [])}:
                 return True
             assert phase not in {"Succeeded", "Failed"} - {condition}, self.words(name)
             return False
@@ -188,7 +190,7 @@ class Release:
     def operator_pod(self) -> str:
         """Name of the operator's pod, waited for until it is ready."""
         self.kubectl("rollout", "status", f"deployment/{self.operator}", "--timeout=120s")
-        pods = self.get("pods", "-l", "app.kubernetes.io/component=operator")
+        pods = self.objects.list("pods", "app.kubernetes.io/component=operator")
         [pod] = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
         return str(pod["metadata"]["name"])
 
@@ -202,7 +204,7 @@ class Release:
 
     def node_condition(self, node: str, kind: str = "Ready") -> str:
         """True, False or Unknown, as the node's conditions say."""
-        found = self.get("node", node)["status"]["conditions"]
+        found = self.objects.get("nodes", node)["status"]["conditions"]
         return str(next(each["status"] for each in found if each["type"] == kind))
 
     def kill_operator(self) -> None:
@@ -237,16 +239,15 @@ class Release:
     @property
     def store_name(self) -> str:
         """Name of the bundled object store's StatefulSet and Service."""
-        [found] = self.get("statefulsets", "-l", "app.kubernetes.io/component=object-store")
+        [found] = self.objects.list("statefulsets", "app.kubernetes.io/component=object-store")
         return str(found["metadata"]["name"])
 
     def contents(self, name: str) -> dict[str, str]:
         """Kind -> content digest of each artifact that a run's status names."""
-        prefix = self.get("rlhfrun", name)["spec"].get("objectStore", {}).get("prefix") or PREFIX
+        prefix = self.objects.get(PLURAL, name)["spec"].get("objectStore", {}).get("prefix") or PREFIX
         with self.store_environment() as endpoint:
             artifacts = open_artifacts(StoreConfig(url=f"s3://{BUCKET}/{prefix}", endpoint=endpoint))
-            refs = [stage["artifact"].split("/") for stage in self.stages(name).values()]
-            found = [artifacts.find(ArtifactRef(kind=kind, digest=digest)) for kind, digest in refs]
+            found = [artifacts.find(ArtifactRef.parse(stage["artifact"])) for stage in self.stages(name).values()]
         assert len(found) == len(STAGES)
         return {manifest.kind: manifest.content for manifest in found if manifest}
 
@@ -260,7 +261,7 @@ class Release:
 
     def forget(self, name: str, *stages: str) -> None:
         """Delete what stages of a run made from the store: another run of its spec makes them again, and no others."""
-        spec = self.get("rlhfrun", name)["spec"]
+        spec = self.objects.get(PLURAL, name)["spec"]
         made = self.stages(name)
         with self.store() as store:
             for stage in stages:
@@ -272,7 +273,7 @@ class Release:
 
     def credentials(self) -> tuple[str, str]:
         """Access key and secret key of the release's object store."""
-        data = self.get("secret", STORE_SECRET)["data"]
+        data = self.objects.get("secrets", STORE_SECRET)["data"]
         access, secret = (
             base64.b64decode(data[key]).decode() for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
         )

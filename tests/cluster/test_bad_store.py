@@ -122,8 +122,8 @@ def mended(outside: Outside) -> Iterator[None]:
 
 
 def again(outside: Outside, name: str, *stages: str) -> None:
-    """Apply the run of `expected` under a name of its own, with these stages to make again."""
-    outside.forget("calm", *stages)
+    """Apply the run of `expected` under a name of its own, with these stages and the evaluation to make again."""
+    outside.forget("calm", *stages, "evaluate")
     outside.apply(name, tiny_spec())
 
 
@@ -149,7 +149,7 @@ def test_a_busy_store_starts_nothing_in_vain(outside: Outside, expected: dict[st
     outside.link.mend()
     outside.wait("burst", timeout=CHAIN_SECONDS)
     assert outside.condition("burst", "StoreReady")["status"] == "True"
-    assert outside.jobs("burst") == {"ppo": [1]}
+    assert outside.jobs("burst") == {"ppo": [1], "evaluate": [1]}
     assert outside.contents("burst") == expected
 
 
@@ -157,13 +157,13 @@ def test_a_slow_link_changes_nothing(outside: Outside, expected: dict[str, str])
     outside.link.slow(RATE)
     again(outside, "slow", "merge", "ppo")
     outside.wait("slow", timeout=CHAIN_SECONDS)
-    assert outside.jobs("slow") == {"merge": [1], "ppo": [1]}
+    assert outside.jobs("slow") == {"merge": [1], "ppo": [1], "evaluate": [1]}
     assert outside.contents("slow") == expected
 
 
 def test_a_full_disk_holds_a_run_up_until_there_is_room(outside: Outside, expected: dict[str, str]) -> None:
-    again(outside, "full", "sft")
-    outside.running_pod("full", "sft", CHAIN_SECONDS)
+    again(outside, "full", "ppo")
+    outside.running_pod("full", "ppo", CHAIN_SECONDS)
     outside.disk.fill()
     try:
 
@@ -177,8 +177,8 @@ def test_a_full_disk_holds_a_run_up_until_there_is_room(outside: Outside, expect
         outside.disk.empty()
     outside.wait("full", timeout=CHAIN_SECONDS)
     jobs = outside.jobs("full")
-    assert set(jobs) == {"sft"}
-    assert len(jobs["sft"]) >= 2
+    assert set(jobs) == {"ppo", "evaluate"}
+    assert len(jobs["ppo"]) >= 2
     assert outside.contents("full") == expected
 
 
@@ -188,7 +188,7 @@ def test_a_commit_that_a_busy_store_refuses_is_made_again(outside: Outside, expe
     again(outside, "refused", "ppo")
     outside.wait("refused", timeout=CHAIN_SECONDS)
     assert len([line for line in outside.link.seen if line.endswith(" 503")]) == REFUSALS
-    assert outside.jobs("refused") == {"ppo": [1, 2]}
+    assert outside.jobs("refused") == {"ppo": [1, 2], "evaluate": [1]}
     assert outside.contents("refused") == expected
 
 

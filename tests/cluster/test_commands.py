@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ import pytest
 import yaml
 from bare_plane import BarePlane, OperatorProcess, until
 from minio_server import PASSWORD, USER, MinioServer
+from objects import Objects
 from shell import BIN, SECONDS, Done, Shell, ended
 from stage_player import NOBODY, PAGE, StagePlayer
 
 from rlhf_api.errors import FailureClass, StoreError
-from rlhf_api.names import ENV_ACCESS_KEY, ENV_SECRET_KEY, EXIT_CODES
+from rlhf_api.names import ENV_ACCESS_KEY, ENV_SECRET_KEY, EXIT_CODES, PLURAL
 from rlhf_operator.cluster_options import ClusterOptions
 from rlhf_operator.port_forward import forwarded
 
@@ -61,6 +63,11 @@ class Desk(Shell):
         path.write_text(yaml.safe_dump({**document, "spec": {**short, **spec}}))
         return path
 
+    @cached_property
+    def objects(self) -> Objects:
+        """What is in the namespace."""
+        return Objects(self.kubeconfig, self.namespace)
+
     def kubectl(self, *words: str | Path, stdin: Any = None) -> str:
         """What kubectl prints. Fails with what it says."""
         text = None if stdin is None else yaml.safe_dump(stdin)
@@ -71,15 +78,14 @@ class Desk(Shell):
 
     def run(self, name: str) -> Document:
         """A run as it now is."""
-        found: Document = json.loads(self.kubectl("get", "rlhfrun", name, "-o", "json"))
-        return found
+        return self.objects.get(PLURAL, name)
 
     def phase(self, name: str) -> str | None:
         phase: str | None = self.run(name).get("status", {}).get("phase")
         return phase
 
     def exists(self, name: str) -> bool:
-        return name in self.kubectl("get", "rlhfruns", "-o", "name").replace("/", "\n").splitlines()
+        return name in [run["metadata"]["name"] for run in self.objects.list(PLURAL)]
 
     def until_phase(self, name: str, phase: str) -> None:
         until(lambda: self.exists(name) and self.phase(name) == phase, SECONDS, self.operator.last_lines)
@@ -89,8 +95,7 @@ class Desk(Shell):
 
         def waits() -> bool:
             assert not self.exists(name) or self.phase(name) not in ("Failed", "Succeeded"), self.run(name)
-            pods = self.kubectl("get", "pods", "-l", f"rlhf.dev/run={name},rlhf.dev/stage={stage}", "-o", "name")
-            return bool(pods)
+            return bool(self.objects.list("pods", f"rlhf.dev/run={name},rlhf.dev/stage={stage}"))
 
         until(waits, SECONDS, self.operator.last_lines)
 

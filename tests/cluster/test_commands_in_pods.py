@@ -12,7 +12,7 @@ from release import Release, tiny_spec
 from shell import BIN, Done, Shell, ended
 
 from rlhf_api.errors import StoreError
-from rlhf_api.names import ENV_ACCESS_KEY, ENV_SECRET_KEY
+from rlhf_api.names import ENV_ACCESS_KEY, ENV_SECRET_KEY, PLURAL
 from rlhf_api.stage import StoreConfig
 from rlhf_operator.cluster_options import ClusterOptions
 from rlhf_operator.port_forward import forwarded
@@ -57,13 +57,13 @@ class Followed:
 
 @pytest.fixture(scope="module")
 def live(shell: Shell, release: Release, followed: "subprocess.Popen[str]") -> Followed:
-    release.until(lambda: release.get("rlhfruns"), 60)
+    release.until(lambda: NAME in [run["metadata"]["name"] for run in release.objects.list(PLURAL)], 60)
     pod = release.running_pod(NAME, "ppo", CHAIN_SECONDS)
     path = shell.folder / "ppo.log"
     with path.open("w") as out:
         following = shell.begin("rlhf", "logs", NAME, "--stage", "ppo", "--follow", "--cluster", out=out)
     release.until(path.read_text, 60)
-    early = path.read_text() if release.get("pod", pod)["status"]["phase"] == "Running" else ""
+    early = path.read_text() if release.objects.get("pods", pod)["status"]["phase"] == "Running" else ""
     done = ended(following, CHAIN_SECONDS)
     return Followed(early, done, path.read_text(), release.kubectl("logs", pod).stdout)
 
@@ -101,7 +101,7 @@ def test_report_and_generate_read_a_store_that_only_the_cluster_reaches(shell: S
 def test_a_forward_to_a_port_where_nobody_listens_says_what_kubectl_says(
     release: Release, shell: Shell, finished: Done, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    selector = release.get("service", release.store_name)["spec"]["selector"]
+    selector = release.objects.get("services", release.store_name)["spec"]["selector"]
     spec = {"selector": selector, "ports": [{"port": 4321}]}
     document = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "deaf"}, "spec": spec}
     release.kubectl("create", "-f", "-", stdin=document)

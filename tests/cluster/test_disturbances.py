@@ -33,8 +33,8 @@ def elsewhere(prefix: str) -> Any:
 
 
 def again(release: Release, name: str, *stages: str) -> None:
-    """Apply the run of `expected` under a name of its own, with these stages to make again."""
-    release.forget("calm", *stages)
+    """Apply the run of `expected` under a name of its own, with these stages and the evaluation to make again."""
+    release.forget("calm", *stages, "evaluate")
     release.apply(name, tiny_spec(**LONGER))
 
 
@@ -92,23 +92,23 @@ def test_pods_and_the_store_may_go_away(release: Release, expected: dict[str, st
     assert release.contents("lost") == expected
 
 
-def test_the_api_server_may_be_killed_while_a_stage_trains(release: Release, expected: dict[str, str]) -> None:
-    again(release, "restarted", "sft", "ppo")
+def test_the_api_server_may_be_killed_while_stages_run(release: Release, expected: dict[str, str]) -> None:
+    again(release, "restarted", "ppo")
     [server] = [
-        node["metadata"]["name"] for node in release.get("nodes", "-l", "node-role.kubernetes.io/control-plane")
+        node["metadata"]["name"] for node in release.objects.list("nodes", "node-role.kubernetes.io/control-plane")
     ]
-    for stage in ("sft", "ppo"):
-        release.training_pod("restarted", stage, CHAIN_SECONDS)
+    for stage in ("ppo", "evaluate"):
+        release.running_pod("restarted", stage, CHAIN_SECONDS)
         release.on_node(server, "pkill", "-KILL", "kube-apiserver")
     release.wait("restarted", timeout=CHAIN_SECONDS)
-    assert release.jobs("restarted") == {"sft": [1], "ppo": [1]}
+    assert release.jobs("restarted") == {"ppo": [1], "evaluate": [1]}
     assert release.contents("restarted") == expected
 
 
 def test_a_node_may_be_lost_and_found(release: Release, expected: dict[str, str]) -> None:
     again(release, "cut-off", "ppo")
     pod = release.training_pod("cut-off", "ppo", CHAIN_SECONDS)
-    found = release.get("pod", pod)
+    found = release.objects.get("pods", pod)
     node = found["spec"]["nodeName"]
     container = found["status"]["containerStatuses"][0]["containerID"].removeprefix("containerd://")
     release.on_node(node, "systemctl", "stop", "kubelet")
@@ -122,7 +122,7 @@ def test_a_node_may_be_lost_and_found(release: Release, expected: dict[str, str]
         release.on_node(node, "systemctl", "start", "kubelet")
     release.until(lambda: release.node_condition(node) == "True", 120)
     release.wait("cut-off", timeout=CHAIN_SECONDS)
-    assert release.jobs("cut-off") == {"ppo": [1, 2]}
+    assert release.jobs("cut-off") == {"ppo": [1, 2], "evaluate": [1]}
     assert release.contents("cut-off") == expected
 
 
@@ -162,5 +162,5 @@ def test_an_upgrade_of_the_chart_in_the_middle_of_a_run(release: Release, expect
     release.install("operator.workers=3")
     assert release.operator_pod() != before
     release.wait("upgraded", timeout=CHAIN_SECONDS)
-    assert release.jobs("upgraded") == {"ppo": [1]}
+    assert release.jobs("upgraded") == {"ppo": [1], "evaluate": [1]}
     assert release.contents("upgraded") == expected

@@ -28,7 +28,7 @@ def test_every_stage_ran_once_in_a_confined_pod_on_the_labelled_node(release: Re
     name, status = first
     assert {stage["name"]: stage["state"] for stage in status["stages"]} == dict.fromkeys(STAGES, "Succeeded")
     assert release.jobs(name) == {stage: [1] for stage in STAGES}
-    labelled = {node["metadata"]["name"] for node in release.get("nodes", "-l", "=".join(*GPU_NODE.items()))}
+    labelled = {node["metadata"]["name"] for node in release.objects.list("nodes", "=".join(*GPU_NODE.items()))}
     pods = release.pods(name)
     assert {pod["metadata"]["labels"]["rlhf.dev/stage"] for pod in pods} == set(STAGES)
     assert {pod["spec"]["nodeName"] for pod in pods} <= labelled
@@ -45,7 +45,7 @@ def test_the_status_says_what_the_run_came_to(release: Release, first: Any) -> N
     release.kubectl("wait", "--for=condition=Succeeded", f"rlhfrun/{name}", "--timeout=5s")
     table = release.kubectl("get", "rlhf", name).stdout
     assert "Succeeded" in table
-    events = [event["reason"] for event in release.get("events", f"--field-selector=involvedObject.name={name}")]
+    events = [event["reason"] for event in release.objects.list("events", fields=f"involvedObject.name={name}")]
     assert {"StageStarted", "StageSucceeded", "RunSucceeded"} <= set(events), events
 
 
@@ -61,8 +61,10 @@ def test_the_report_and_the_policy_are_in_the_store(release: Release, first: Any
 
 def test_no_secret_is_in_args_logs_or_status(release: Release, first: Any) -> None:
     name, status = first
-    secrets = [base64.b64decode(value).decode() for value in release.get("secret", STORE_SECRET)["data"].values()]
-    shown = json.dumps([status, release.get("jobs"), release.pods(name), release.get("events")])
+    secrets = [
+        base64.b64decode(value).decode() for value in release.objects.get("secrets", STORE_SECRET)["data"].values()
+    ]
+    shown = json.dumps([status, release.objects.list("jobs"), release.pods(name), release.objects.list("events")])
     for pod in release.pods(name):
         shown += release.kubectl("logs", pod["metadata"]["name"]).stdout
     shown += release.kubectl("logs", f"deployment/{release.operator}", "--tail=-1").stdout
@@ -89,7 +91,7 @@ def test_a_run_waits_for_a_node_and_says_so(release: Release, first: Any) -> Non
     release.until(unschedulable, 60, lambda: release.words("waiting"))
     assert release.status("waiting")["phase"] == "Pending"
     assert "node" in release.condition("waiting", "Progressing")["message"]
-    [node, *_] = [n["metadata"]["name"] for n in release.get("nodes", "-l", "rlhf.dev/gpu-memory")]
+    [node, *_] = [n["metadata"]["name"] for n in release.objects.list("nodes", "rlhf.dev/gpu-memory")]
     release.kubectl("label", "node", node, f"{label}=a")
     try:
         release.wait("waiting", timeout=CHAIN_SECONDS)
@@ -119,7 +121,7 @@ def test_a_stage_over_its_memory_limit_goes_down_its_ladder(release: Release, fi
     assert "4 attempts, the last with batchSize 1 instead of 4 and microBatchSize 1 instead of 2" in failed["message"]
     # One more where the node's runtime takes a kill at the limit for somebody's.
     assert release.jobs("tight")["evaluate"][:4] == [1, 2, 3, 4]
-    events = release.get("events", "--field-selector=involvedObject.name=tight,reason=Retrying")
+    events = release.objects.list("events", fields="involvedObject.name=tight,reason=Retrying")
     assert any("batchSize 2 instead of 4" in event["message"] for event in events), events
 
 

@@ -35,8 +35,7 @@ def test_the_example_runs_with_a_real_model(release: Release, tmp_path: Path) ->
     assert stages["ppo"]["metrics"]["kl"] >= 0
     with release.store_environment() as endpoint:
         artifacts = open_artifacts(StoreConfig(url=f"s3://{BUCKET}/{PREFIX}", endpoint=endpoint))
-        kind, _, digest = stages["evaluate"]["artifact"].partition("/")
-        folder = artifacts.fetch(ArtifactRef(kind=kind, digest=digest), tmp_path / "evaluation")
+        folder = artifacts.fetch(ArtifactRef.parse(stages["evaluate"]["artifact"]), tmp_path / "evaluation")
     report = json.loads((folder / "report.json").read_text())
     assert {"vader", "classifier"} <= set(json.dumps(report).replace('"', " ").split())
     generations = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]

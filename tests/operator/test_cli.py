@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_api.errors import UserError
 from rlhf_api.names import EXIT_CODES
-from rlhf_operator.artifacts_command import collect_garbage, list_artifacts, verify_artifacts
+from rlhf_operator.artifacts_command import Place, collect_garbage, list_artifacts, verify_artifacts
 from rlhf_operator.cli import IN_CLUSTERS
 from rlhf_operator.generate_command import generate_from
 from rlhf_operator.logs_command import show_log
@@ -187,7 +187,7 @@ def test_the_store_can_be_named(bench: "Bench", capsys: pytest.CaptureFixture[st
     url = (bench.folder / "elsewhere").as_uri()
     bench.misbehave(import_prompts=["user"])
     run_file(bench.write(), url, None, json=False, command=bench.command)
-    list_artifacts(None, url, None, as_json=True)
+    list_artifacts(None, Place(store_url=url), as_json=True)
     assert [row["ref"].split("/")[0] for row in json.loads(capsys.readouterr().out.splitlines()[-1])][:1] == ["model"]
     assert not (bench.home.path / "store").exists()
 
@@ -269,20 +269,20 @@ def test_logs_are_followed_until_the_stage_ends(bench: "Bench") -> None:
 
 def test_verify_finds_an_altered_file(bench: "Bench", capsys: pytest.CaptureFixture[str]) -> None:
     finish(bench)
-    assert verify_artifacts([], None, None, as_json=False) == 0
+    assert verify_artifacts([], Place(), as_json=False) == 0
     victim = next((bench.home.path / "store").rglob("policy/*/*/report.json"))
     victim.chmod(0o644)
     victim.write_bytes(b"[]")
-    assert verify_artifacts(["policy"], None, None, as_json=False) == 2
+    assert verify_artifacts(["policy"], Place(), as_json=False) == 2
     assert "report.json" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_gc_keeps_what_the_runs_name(bench: "Bench", capsys: pytest.CaptureFixture[str]) -> None:
     bench.have(*SHORT, ppo={"epochs": 3})
     finish(bench)
-    collect_garbage(0, True, True, None, None, as_json=True)
-    collect_garbage(0, True, False, None, None, as_json=True)
-    list_artifacts(None, None, None, as_json=True)
+    collect_garbage(0, True, True, Place(), as_json=True)
+    collect_garbage(0, True, False, Place(), as_json=True)
+    list_artifacts(None, Place(), as_json=True)
     rehearsed, removed, left = map(json.loads, capsys.readouterr().out.splitlines())
     assert rehearsed == removed
     assert len(removed) == 2  # the other run's policy and evaluation

@@ -51,15 +51,9 @@ def ancestors(artifacts: Artifacts, refs: Iterable[ArtifactRef], work: Path) -> 
         if str(ref) in found or (manifest := artifacts.find(ref)) is None:
             continue
         found[str(ref)] = manifest
-        waiting += [parse_ref(text) for text in manifest.metadata.get("inputs", {}).values()]
+        waiting += [ArtifactRef.parse(text) for text in manifest.metadata.get("inputs", {}).values()]
     order = sorted(found.values(), key=lambda manifest: (manifest.created_at, str(manifest.ref)))
     return [_record(artifacts, manifest, work) for manifest in order]
-
-
-def parse_ref(text: str) -> ArtifactRef:
-    """The address written as kind/digest. Raises ValueError for anything else."""
-    kind, _, digest = text.partition("/")
-    return ArtifactRef.model_validate({"kind": kind, "digest": digest})
 
 
 def read_folder(folder: Path) -> dict[str, Any]:
