@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from rlhf_operator.port_forward import forwarded
 pytestmark = pytest.mark.timeout(600)
 
 BUCKET = "rlhf"
+RUNS = ("--store", "s3://rlhf/runs")  # some tests' runs have another one
 SECRET = "store"
 STAGES = ["import-model", "import-prompts", "reward", "ppo", "evaluate"]
 
@@ -467,6 +469,71 @@ def test_report_of_a_run_that_has_none_yet_says_so(desk: Desk) -> None:
         "rlhf: run 'early' has no report yet: its phase is Running; see `rlhf status early --cluster`\n"
     )
     desk.kubectl("delete", "rlhfrun", "early")
+
+
+def test_what_no_run_of_the_cluster_names_is_collected(desk: Desk, minio: MinioServer, done: tuple[str, Done]) -> None:
+    desk.player.held |= {"reward"}
+    assert desk.rlhf("run", desk.write("half-way"), "--no-follow").returncode == 0
+    desk.until_waits("half-way", "reward")
+    named = {stage["name"]: stage.get("artifact") for stage in desk.run("half-way")["status"]["stages"]}
+    its_checkpoint = f"runs/artifacts/{named['reward']}/attempt/checkpoint"
+    orphan = f"runs/artifacts/policy/{'0' * 64}/attempt/checkpoint"
+    for key in (its_checkpoint, orphan):
+        minio.client().put_object(BUCKET, key, BytesIO(b"half"), 4)
+    whole = {each["ref"] for each in json.loads(desk.rlhf("artifacts", "ls", "--json", *RUNS).stdout)}
+    of_done = {stage["artifact"] for stage in desk.run("done")["status"]["stages"] if stage.get("artifact")}
+    assert whole >= of_done | {named["import-model"]}
+
+    def removed(*words: str) -> set[str]:
+        said = desk.call("kubectl", "rlhf", "artifacts", "gc", "--older-than", "0", "--json", *RUNS, *words)
+        assert said.returncode == 0, said.stderr
+        return {f"runs/{key}" for each in json.loads(said.stdout) for key in each["keys"]}
+
+    def kept_elsewhere() -> set[str]:
+        """What stays because a run of another namespace, and of another operator, means to make the orphan."""
+        desk.kubectl("create", "-n", "default", "-f", desk.write("foreign"))
+        making = {"phase": "Running", "stages": [{"name": "ppo", "state": "Running", "artifact": f"policy/{'0' * 64}"}]}
+        patch = json.dumps({"status": making})
+        desk.kubectl(
+            "patch", "rlhfrun", "foreign", "-n", "default", "--subresource=status", "--type=merge", "-p", patch
+        )
+        try:
+            return rehearsed - removed("--dry-run")
+        finally:
+            desk.kubectl("delete", "rlhfrun", "foreign", "-n", "default")
+
+    rehearsed = removed("--dry-run")
+    assert orphan in rehearsed
+    assert its_checkpoint not in rehearsed
+    assert kept_elsewhere() == {orphan}
+    assert removed() == rehearsed
+    assert not any(ref in key for key in removed("--unkept", "--dry-run") for ref in of_done)
+    desk.kubectl("delete", "rlhfrun", "half-way")
+    unkept = removed("--unkept")
+    assert any(named["import-model"] in key for key in unkept)
+    assert its_checkpoint in unkept
+    left = {each["ref"] for each in json.loads(desk.rlhf("artifacts", "ls", "--json", *RUNS).stdout)}
+    assert of_done <= left < whole
+    assert desk.rlhf("artifacts", "verify", *sorted(of_done), *RUNS).returncode == 0
+
+
+def test_which_store_is_meant_has_to_be_clear(desk: Desk, done: tuple[str, Done]) -> None:
+    desk.player.held |= {"import-model"}
+    elsewhere = desk.write("elsewhere", objectStore={"bucket": BUCKET, "prefix": "other"})
+    assert desk.rlhf("run", elsewhere, "--no-follow").returncode == 0
+    desk.until_waits("elsewhere", "import-model")
+    said = desk.rlhf("artifacts", "ls")
+    assert (said.returncode, said.stdout) == (EXIT_CODES["user"], "")
+    assert said.stderr == (
+        f"rlhf: namespace {desk.namespace}: its runs have 2 stores; choose one with --store: "
+        f"s3://{BUCKET}/other, s3://{BUCKET}/runs\n"
+    )
+    assert "no artifacts" in desk.rlhf("artifacts", "ls", "--store", f"s3://{BUCKET}/other").stdout
+    unknown = desk.rlhf("artifacts", "gc", "--store", "s3://nowhere/x")
+    assert unknown.stderr.startswith(f"rlhf: --store s3://nowhere/x: no run of namespace {desk.namespace} has it; they")
+    nobodys = desk.rlhf("artifacts", "ls", "--namespace", "kube-public")
+    assert nobodys.stderr == "rlhf: namespace kube-public: its runs have no stores; look elsewhere with --namespace\n"
+    desk.kubectl("delete", "rlhfrun", "elsewhere")
 
 
 def test_a_node_that_does_not_answer_ends_a_forward_with_words(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
