@@ -18,11 +18,11 @@ demo: $(INSTALLED)  ## The whole chain on this machine: a real model, real revie
 test: $(INSTALLED)  ## All tests that need no cluster
 	$(BIN)/python -m pytest
 
-# Files of tests/cluster that run at a time, each with a release of its own.
-LANES ?= 2
+# Files of tests/cluster that run at a time, each with a release of its own: pods wait for one another, two cores do not.
+LANES ?= 3
 test-cluster: $(INSTALLED)  ## Tests on a real Kubernetes: CLUSTER=a kubeconfig, else that of cluster-up; TESTS="run nodes"
 	$(if $(CLUSTER),,hack/cluster/tools.sh && hack/cluster/up.sh)
-	$(BIN)/python -m pytest $(if $(TESTS),$(TESTS:%=tests/cluster/test_%.py),tests/cluster) --durations 25 -n $(LANES) --dist loadfile --no-loadscope-reorder \
+	$(BIN)/python -m pytest $(if $(TESTS),$(TESTS:%=tests/cluster/test_%.py),tests/cluster) --durations 25 -n $(LANES) --dist loadgroup --no-loadscope-reorder \
 	  $(if $(CLUSTER),--kubeconfig $(CLUSTER))
 
 cluster-up:  ## A kind cluster of three nodes, all built here: 30 minutes the first time, one after that

@@ -28,15 +28,25 @@ AWAY = (
 )
 AWAY_SECONDS = 60
 
-# The longest files: begun first, they do not keep one lane busy while the others have nothing left to do.
-LONG = ("test_disturbances.py", "test_bad_store.py", "test_run.py", "test_smollm2.py", "test_crashes.py")
+# A lane runs whole files, and all tests of the control plane without nodes, so that there is one of those.
+PLANE = "control-plane"
+# Begun first, the longest do not keep one lane busy while the others have nothing left to do.
+LONGEST = ("test_disturbances", "test_bad_store", PLANE, "test_run", "test_smollm2")
 
 Kubectl = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files of LONG come first; the order within a file stays."""
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    """Say what runs in one lane, the longest first; the order within stays."""
+
+    def lane_of(item: pytest.Item) -> str:
+        fixtures = {"own_plane", "api_server"} & set(getattr(item, "fixturenames", ()))
+        return PLANE if fixtures else item.path.stem
+
+    lanes = {item: lane_of(item) for item in items}
+    items.sort(key=lambda item: LONGEST.index(lanes[item]) if lanes[item] in LONGEST else len(LONGEST))
+    for item, lane in lanes.items():
+        item.add_marker(pytest.mark.xdist_group(lane))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

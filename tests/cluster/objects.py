@@ -1,6 +1,7 @@
 """Objects of a cluster, read in this process: a kubectl for each look would take more of the machine than the tests."""
 
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ OF_THE_CLUSTER = ("nodes",)
 
 Document = dict[str, Any]
 
+_kept_api = cache(api_of)
+"""One a cluster: a connection that is collected unclosed is an error of whichever test runs then."""
+
 
 class Objects:
     """The objects of one namespace, and the nodes."""
 
     def __init__(self, kubeconfig: Path, namespace: str) -> None:
-        self._api, self._namespace = api_of(kubeconfig), namespace
+        self._api, self._namespace = _kept_api(kubeconfig), namespace
 
     def get(self, plural: str, name: str) -> Document:
         """One object. Raises NotFound."""

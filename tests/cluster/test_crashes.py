@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from bare_plane import ROOT, BarePlane, OperatorProcess, api_of, bare_plane, drop_lease, until
+from bare_plane import BarePlane, OperatorProcess, api_of, drop_lease, until
 from between import Between
 from stage_player import NOBODY, StagePlayer
 
@@ -24,7 +24,6 @@ from rlhf_operator.leadership import LEASE_SECONDS, RENEW_WITHIN
 
 pytestmark = pytest.mark.timeout(900)
 
-BIN = ROOT / ".cache" / "cluster" / "bin"
 RUN = "run"
 STAGES = ["evaluate", "import-model", "import-prompts", "ppo", "reward"]
 RUN_SECONDS = 120.0
@@ -118,28 +117,22 @@ class End:
 
 
 @pytest.fixture(scope="module")
-def plane(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BarePlane]:
-    if request.config.getoption("--kubeconfig") and not (BIN / "kube-apiserver").exists():
-        pytest.skip("needs a control plane of its own, from `hack/cluster/tools.sh control-plane`")
-    with bare_plane(tmp_path_factory.mktemp("plane")) as plane:
-        yield plane
-
-
-@pytest.fixture(scope="module")
-def player(plane: BarePlane) -> Iterator[StagePlayer]:
-    with StagePlayer(plane.kubeconfig) as player:
+def player(own_plane: BarePlane) -> Iterator[StagePlayer]:
+    with StagePlayer(own_plane.kubeconfig) as player:
         yield player
 
 
 @pytest.fixture(scope="module")
-def worlds(plane: BarePlane, player: StagePlayer, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], World]:
-    api = api_of(plane.kubeconfig, 2 * AT_ONCE)
+def worlds(
+    own_plane: BarePlane, player: StagePlayer, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], World]:
+    api = api_of(own_plane.kubeconfig, 2 * AT_ONCE)
 
     def make(name: str) -> World:
         folder = tmp_path_factory.mktemp(name)
         (folder / "store").mkdir()
         api.request("POST", "/api/v1/namespaces", {"metadata": {"name": name}})
-        return World(plane, api, player, folder, name)
+        return World(own_plane, api, player, folder, name)
 
     return make
 
