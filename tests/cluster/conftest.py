@@ -36,6 +36,7 @@ LONGEST = ("test_disturbances", "test_bad_store", PLANE, "test_run", "test_smoll
 Kubectl = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+@pytest.hookimpl(tryfirst=True)  # the plugin that hands out lanes reads the marks in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Say what runs in one lane, the longest first; the order within stays."""
 
