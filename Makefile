@@ -22,7 +22,7 @@ test: $(INSTALLED)  ## All tests that need no cluster
 LANES ?= 3
 test-cluster: $(INSTALLED)  ## Tests on a real Kubernetes: CLUSTER=a kubeconfig, else that of cluster-up; TESTS="run nodes"
 	$(if $(CLUSTER),,hack/cluster/tools.sh && hack/cluster/up.sh)
-	$(BIN)/python -m pytest $(if $(TESTS),$(TESTS:%=tests/cluster/test_%.py),tests/cluster) --durations 25 -n $(LANES) --dist loadgroup --no-loadscope-reorder \
+	$(BIN)/python -m pytest $(if $(TESTS),$(TESTS:%=tests/cluster/test_%.py),tests/cluster) --durations 25 -n $(LANES) --dist loadscope --no-loadscope-reorder \
 	  $(if $(CLUSTER),--kubeconfig $(CLUSTER))
 
 cluster-up:  ## A kind cluster of three nodes, all built here: 30 minutes the first time, one after that

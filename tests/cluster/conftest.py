@@ -12,6 +12,7 @@ import pytest
 import yaml
 from bare_plane import BarePlane, bare_plane, install_crd
 from release import BUCKET, Release, reviews
+from xdist.scheduler.loadscope import LoadScopeScheduling
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "hack" / "cluster"
@@ -28,26 +29,31 @@ AWAY = (
 )
 AWAY_SECONDS = 60
 
-# A lane runs whole files, and all tests of the control plane without nodes, so that there is one of those.
-PLANE = "control-plane"
-# Begun first, the longest do not keep one lane busy while the others have nothing left to do.
-LONGEST = ("test_disturbances", "test_bad_store", PLANE, "test_run", "test_smollm2")
+# A lane runs one of these files, or all the others: so there is one control plane without nodes, however many lanes.
+# The longest come first, so that at the end no lane is busy alone.
+ON_NODES = ("test_disturbances", "test_bad_store", "test_run", "test_smollm2", "test_commands_in_pods", "test_nodes")
+SECOND = 2  # of the lanes by length: all the others
 
 Kubectl = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-@pytest.hookimpl(tryfirst=True)  # the plugin that hands out lanes reads the marks in its own
+class Lanes(LoadScopeScheduling):
+    """Hands out lanes whole."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        stem = Path(nodeid.split("::")[0]).stem
+        return stem if stem in ON_NODES else "without nodes"
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Lanes:
+    """The scheduler of `pytest -n`."""
+    return Lanes(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say what runs in one lane, the longest first; the order within stays."""
-
-    def lane_of(item: pytest.Item) -> str:
-        fixtures = {"own_plane", "api_server"} & set(getattr(item, "fixturenames", ()))
-        return PLANE if fixtures else item.path.stem
-
-    lanes = {item: lane_of(item) for item in items}
-    items.sort(key=lambda item: LONGEST.index(lanes[item]) if lanes[item] in LONGEST else len(LONGEST))
-    for item, lane in lanes.items():
-        item.add_marker(pytest.mark.xdist_group(lane))
+    """The longest lane first; the order within stays."""
+    order = [*ON_NODES[:SECOND], "", *ON_NODES[SECOND:]]
+    items.sort(key=lambda item: order.index(item.path.stem if item.path.stem in ON_NODES else ""))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
