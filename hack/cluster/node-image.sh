@@ -9,7 +9,7 @@ rootfs=$work/rootfs
 folders=$work/images
 digest=$(cat "$here"/versions.env "$here"/node-image.sh "$here"/node/* | sha256sum | cut -d' ' -f1)
 
-packages=systemd,conntrack,iptables,nftables,iproute2,ethtool,kmod,libseccomp2,runc,e2fsprogs,ca-certificates,jq,procps,pigz,busybox-static
+packages=systemd,conntrack,iptables,ipset,nftables,iproute2,ethtool,kmod,libseccomp2,runc,e2fsprogs,ca-certificates,jq,procps,pigz,busybox-static
 
 write_podman_configuration() {
     mkdir -p "$cache/podman/run"
@@ -73,6 +73,7 @@ make_archives() {
     archive pause "registry.k8s.io/pause:$PAUSE" /pause
     make_firewall_folder "$folders/kube-proxy"
     cp -a "$folders/kube-proxy" "$folders/pod-network"
+    cp -a "$folders/kube-proxy" "$folders/network-policies"
     cp "$bin/kube-proxy" "$folders/kube-proxy/usr/local/bin/"
     archive kube-proxy "$(named kube-proxy)"
     cp "$bin/kubectl" "$here/node/network.sh" "$folders/pod-network/usr/local/bin/"
@@ -80,6 +81,8 @@ make_archives() {
     cp "$rootfs/bin/busybox" "$folders/pod-network/bin/"
     for component in sh ip sleep cat mv cmp; do ln -sf busybox "$folders/pod-network/bin/$component"; done
     archive pod-network localhost/pod-network:1 /bin/sh /usr/local/bin/network.sh
+    cp "$bin/kube-router" "$folders/network-policies/usr/local/bin/"
+    archive network-policies localhost/network-policies:1 /usr/local/bin/kube-router
     mkdir -p "$folders/local-path"/{usr/local/bin,bin,etc,tmp}
     cp "$bin/local-path-provisioner" "$folders/local-path/usr/local/bin/"
     cp "$rootfs/bin/busybox" "$folders/local-path/bin/"
@@ -87,15 +90,15 @@ make_archives() {
     archive local-path localhost/local-path:1
 }
 
-make_firewall_folder() { # iptables, nft and conntrack of the rootfs with the libraries that they load
+make_firewall_folder() { # iptables, ipset, nft and conntrack of the rootfs with the libraries that they load
     local to=$1 lib=usr/lib/x86_64-linux-gnu name
     mkdir -p "$to"/{usr/local/bin,usr/sbin,$lib,usr/lib64,etc,run,tmp,bin}
     for name in lib lib64 sbin; do ln -s "usr/$name" "$to/$name"; done
-    cp "$rootfs"/usr/sbin/{nft,xtables-nft-multi,conntrack} "$to/usr/sbin/"
+    cp "$rootfs"/usr/sbin/{nft,xtables-nft-multi,conntrack,ipset} "$to/usr/sbin/"
     for name in ip{,6}tables{,-save,-restore}; do ln -s xtables-nft-multi "$to/usr/sbin/$name"; done
     cp -a "$rootfs/$lib/xtables" "$to/$lib/"
     cp "$rootfs/etc/protocols" "$to/etc/"
-    chroot "$rootfs" sh -c "for file in /usr/sbin/nft /usr/sbin/xtables-nft-multi /usr/sbin/conntrack /$lib/xtables/*.so
+    chroot "$rootfs" sh -c "for file in /usr/sbin/nft /usr/sbin/xtables-nft-multi /usr/sbin/conntrack /usr/sbin/ipset /$lib/xtables/*.so
         do ldd \$file; done" | grep -o '/[^ :]*\.so[^ :]*' | grep -v /xtables/ | sort -u |
         while read -r name; do cp -L "$rootfs$name" "$to/$lib/"; done
     cp -L "$rootfs/lib64/ld-linux-x86-64.so.2" "$to/usr/lib64/"
