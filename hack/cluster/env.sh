@@ -37,3 +37,9 @@ need_kind_cluster() { # sets provider and name_of_cluster from the cluster of KU
     [ -n "${name_of_cluster:-}" ] || fail "the nodes of $KUBECONFIG are not kind's; push the images to a registry that they can pull from"
     [ "$provider" = podman ] || unset KIND_EXPERIMENTAL_PROVIDER CONTAINERS_CONF CONTAINERS_STORAGE_CONF XDG_RUNTIME_DIR
 }
+folder_of_module() { # folder_of_module MODULE VERSION SUM: where its files lie, once they are those of the checksum
+    local found
+    found=$(GONOSUMDB=$1 go mod download -json "$1@$2")
+    [ "$(jq -r .Sum <<<"$found")" = "$3" ] || fail "$1 $2 has the checksum $(jq -r .Sum <<<"$found"), not $3"
+    jq -r .Dir <<<"$found"
+}

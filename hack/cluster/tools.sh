@@ -6,13 +6,14 @@ set -euo pipefail
 
 kubernetes="kube-apiserver kube-controller-manager kube-scheduler kubelet kubeadm kube-proxy kubectl"
 control_plane="etcd kube-apiserver kubectl kube-controller-manager kube-scheduler"
-node="kubelet kubeadm kube-proxy containerd containerd-shim-runc-v2 ctr coredns host-local loopback ptp portmap local-path-provisioner kube-router"
+node="kubelet kubeadm kube-proxy containerd containerd-shim-runc-v2 ctr coredns host-local loopback ptp portmap local-path-provisioner kube-router kueue"
 clients="kind helm kube-score"
 
 version_of() {
     case $1 in
     kube-score ) echo "$KUBE_SCORE" ;;
     kube-router ) echo "$KUBE_ROUTER" ;;
+    kueue ) echo "$KUEUE" ;;
     kube* ) echo "$KUBERNETES" ;;
     etcd ) echo "$ETCD" ;;
     containerd* | ctr ) echo "$CONTAINERD" ;;
@@ -69,13 +70,11 @@ build_coredns() {
     go build -trimpath -ldflags "-s -w" -o "$bin.new/coredns" .
 }
 
-# In a copy of its module, whose own go.sum holds what it is built from. The log of checksums may not know the module.
-build_kube_router() {
-    local module=$cache/src/kube-router-$KUBE_ROUTER name=github.com/cloudnativelabs/kube-router/v2 found
-    found=$(GONOSUMDB=$name go mod download -json "$name@$KUBE_ROUTER")
-    [ "$(jq -r .Sum <<<"$found")" = "$KUBE_ROUTER_SUM" ] || fail "kube-router $KUBE_ROUTER has the checksum $(jq -r .Sum <<<"$found"), not $KUBE_ROUTER_SUM"
-    rm -rf "$module" && cp -r --no-preserve=mode "$(jq -r .Dir <<<"$found")" "$module" && cd "$module"
-    go build -trimpath -ldflags "-s -w" -o "$bin.new/kube-router" ./cmd/kube-router
+# In a copy of a module, whose own go.sum holds what it is built from.
+build_in_module() { # build_in_module NAME MODULE VERSION SUM PACKAGE
+    local folder=$cache/src/$1-$3
+    rm -rf "$folder" && cp -r --no-preserve=mode "$(folder_of_module "$2" "$3" "$4")" "$folder" && cd "$folder"
+    go build -trimpath -ldflags "-s -w" -o "$bin.new/$1" "$5"
 }
 
 install() { GOBIN=$bin.new go install -trimpath -ldflags "-s -w ${2:-}" "$1"; }
@@ -83,7 +82,8 @@ install() { GOBIN=$bin.new go install -trimpath -ldflags "-s -w ${2:-}" "$1"; }
 build() {
     case $1 in
     kube-score ) install "github.com/zegl/kube-score/cmd/kube-score@$KUBE_SCORE" ;;
-    kube-router ) build_kube_router ;;
+    kube-router ) build_in_module "$1" github.com/cloudnativelabs/kube-router/v2 "$KUBE_ROUTER" "$KUBE_ROUTER_SUM" ./cmd/kube-router ;;
+    kueue ) build_in_module "$1" sigs.k8s.io/kueue "$KUEUE" "$KUEUE_SUM" ./cmd/kueue ;;
     kube* ) build_kubernetes "$1" ;;
     etcd ) build_etcd ;;
     containerd* | ctr ) install "github.com/containerd/containerd/v2/cmd/$1@$CONTAINERD" ;;

@@ -83,9 +83,10 @@ class Release:
         arguments = [f"--set-string={each}" if ".tag=" in each else f"--set={each}" for each in (*sets, *values)]
         self.helm("upgrade", "--install", RELEASE, CHART, "--wait", f"--timeout={timeout}", *arguments)
 
-    def apply(self, name: str, spec: Document) -> None:
+    def apply(self, name: str, spec: Document, **labels: str) -> None:
         """Apply a run."""
-        document = {"apiVersion": "rlhf.dev/v1alpha1", "kind": "RLHFRun", "metadata": {"name": name}, "spec": spec}
+        metadata = {"name": name, "labels": labels}
+        document = {"apiVersion": "rlhf.dev/v1alpha1", "kind": "RLHFRun", "metadata": metadata, "spec": spec}
         self.kubectl("apply", "--server-side", "-f", "-", stdin=document)
 
     def patch(self, name: str, spec: Document) -> None:
