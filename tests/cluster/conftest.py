@@ -31,7 +31,10 @@ AWAY_SECONDS = 60
 
 # A lane runs one of these files, or all the others: so there is one control plane without nodes, however many lanes.
 # The longest come first, so that at the end no lane is busy alone.
-ON_NODES = ("test_disturbances", "test_bad_store", "test_run", "test_smollm2", "test_commands_in_pods", "test_nodes")
+ON_NODES = (
+    "test_disturbances", "test_bad_store", "test_run", "test_smollm2", "test_kueue", "test_commands_in_pods",
+    "test_network_policies", "test_nodes",
+)  # fmt: skip
 SECOND = 2  # of the lanes by length: all the others
 
 Kubectl = Callable[..., "subprocess.CompletedProcess[str]"]

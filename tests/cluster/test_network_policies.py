@@ -8,7 +8,6 @@ from release import Release
 
 pytestmark = pytest.mark.timeout(600)
 
-STORE = "rlhf-rlhf-operator-object-store"
 OPERATOR = "app.kubernetes.io/component=operator"
 STAGE = {"app.kubernetes.io/name": "rlhf-operator", "app.kubernetes.io/component": "stage", "rlhf.dev/stage": "ppo"}
 IMPORT = {**STAGE, "rlhf.dev/stage": "import-model"}
@@ -90,7 +89,7 @@ def reached(release: Release) -> Any:
     (operator,) = (pod for pod in release.objects.list("pods", OPERATOR, "status.phase=Running"))
     stage, stranger = prober.start("probe-stage-listens", STAGE), prober.start("probe-stranger-listens", STRANGER)
     targets = (
-        ("the store", STORE, 9000),
+        ("the store", release.store_name, 9000),
         ("the API server", "kubernetes.default.svc", 443),
         ("the operator", operator["status"]["podIP"], 9091),
         ("a stage's metrics", stage, METRICS),
