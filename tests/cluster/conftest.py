@@ -69,6 +69,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--every-write", action="store_true", help="kill the operator around every write of a run, not around some"
     )
     parser.addoption(
+        "--load",
+        nargs=2,
+        type=int,
+        default=(100, 20),
+        metavar=("RUNS", "MORE"),
+        help="runs at once, and further ones in the middle of which the operator is killed",
+    )
+    parser.addoption(
         "--image",
         action="append",
         default=[],
