@@ -1,4 +1,4 @@
-"""Many runs at once, on an API server of their own with KWOK's nodes: what bench/operator_load.py checks as it measures."""
+"""Many runs at once, on an API server with KWOK's nodes: what bench/operator_load.py checks as it measures."""
 
 import subprocess
 import sys
