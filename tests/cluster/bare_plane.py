@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,13 +118,15 @@ def until[T](found: Callable[[], T], seconds: float, otherwise: str | Callable[[
 
 @dataclass
 class OperatorProcess:
-    """The operator as its image starts it, with a `file://` store, for the runs of one namespace or of all."""
+    """The operator as its image starts it, with a `file://` store, for the runs of some namespaces or of all."""
 
     kubeconfig: Path
     store: Path
     log: Path
-    namespace: str | None = None
-    lease_namespace: str = "default"
+    namespaces: Sequence[str] = ()
+    """Empty: all."""
+    lease_namespace: str = ""
+    """Empty: the first of `namespaces`, or "default"."""
     settings: dict[str, str] = field(default_factory=dict)
     """More variables of its environment, without their prefix."""
     process: "subprocess.Popen[bytes] | None" = None
@@ -135,14 +137,14 @@ class OperatorProcess:
         ours = {
             "IMAGE": "localhost/nothing:1",
             "STORE_BUCKET": self.store.as_uri(),
-            "NAMESPACE": self.namespace or self.lease_namespace,
-            "WATCH_NAMESPACE": self.namespace or "",
+            "NAMESPACE": self.lease_namespace or [*self.namespaces, "default"][0],
+            "WATCH_NAMESPACE": ",".join(self.namespaces),
             "METRICS_PORT": str(self.metrics_port),
             **self.settings,
         }
         environment = {f"RLHF_OPERATOR_{name}": value for name, value in ours.items()}
-        where = f"--namespace={self.namespace}" if self.namespace else "--all-namespaces"
-        command = ["-m", "kopf", "run", "-m", "rlhf_operator.handlers", "--standalone", where]
+        where = [f"--namespace={name}" for name in self.namespaces] or ["--all-namespaces"]
+        command = ["-m", "kopf", "run", "-m", "rlhf_operator.handlers", "--standalone", *where]
         command += [f"--liveness=http://127.0.0.1:{self.health_port}/healthz"]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

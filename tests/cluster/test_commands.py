@@ -133,7 +133,7 @@ def bench(own_plane: BarePlane, minio: MinioServer, tmp_path_factory: pytest.Tem
     kubeconfig.write_text(yaml.safe_dump(config))
     store = {"STORE_BUCKET": BUCKET, "STORE_PREFIX": "runs", "STORE_ENDPOINT": minio.url, "STORE_SECRET": SECRET}
     log = folder / "operator.log"
-    operator = OperatorProcess(own_plane.kubeconfig, folder, log, namespace, settings=store)
+    operator = OperatorProcess(own_plane.kubeconfig, folder, log, [namespace], settings=store)
     with StagePlayer(own_plane.kubeconfig) as player:
         desk = Desk(folder, kubeconfig, namespace, player, operator)
         desk.kubectl("create", "namespace", namespace)

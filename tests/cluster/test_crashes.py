@@ -49,7 +49,7 @@ class World:
         """An operator, not yet started, and what stands between it and the API server."""
         kubeconfig = self.folder / f"{name}.kubeconfig"
         with Between(self.plane.kubeconfig, kubeconfig) as between:
-            process = OperatorProcess(kubeconfig, self.folder / "store", self.folder / f"{name}.log", self.namespace)
+            process = OperatorProcess(kubeconfig, self.folder / "store", self.folder / f"{name}.log", [self.namespace])
             between.kill = process.kill
             try:
                 yield process, between

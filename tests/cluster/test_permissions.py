@@ -20,6 +20,7 @@ from rlhf_operator.kubernetes_api import KubernetesApi, NotFound
 pytestmark = pytest.mark.timeout(600)
 
 SECONDS = 120.0
+RUNS = ("plain", "paused", "cleaned", "brief", "stage-pods")
 RELEASE = ("ServiceAccount", "Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding", "Lease")
 
 Document = dict[str, Any]
@@ -35,7 +36,7 @@ class Installed:
     api: KubernetesApi
     documents: list[Document]
     namespace: str
-    runs_namespace: str
+    runs_namespaces: list[str]
     operator: OperatorProcess
 
     @property
@@ -43,9 +44,12 @@ class Installed:
         """The operator's name to the API server."""
         return f"system:serviceaccount:{self.namespace}:{one(self.documents, 'ServiceAccount')['metadata']['name']}"
 
-    def path(self, run: str = "", rest: str = "") -> str:
-        found = f"/apis/{GROUP}/{VERSION}/namespaces/{self.runs_namespace}/{PLURAL}"
-        return f"{found}/{run}{rest}" if run else found
+    def place(self, name: str) -> str:
+        """Namespace of a run: each has some."""
+        return self.runs_namespaces[RUNS.index(name) % len(self.runs_namespaces)]
+
+    def path(self, name: str) -> str:
+        return f"/apis/{GROUP}/{VERSION}/namespaces/{self.place(name)}/{PLURAL}/{name}"
 
     def apply(self, name: str, **spec: Any) -> None:
         """A run that shares no artifact with another one."""
@@ -57,7 +61,7 @@ class Installed:
             **spec,
         }
         document = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": name}, "spec": spec}
-        self.api.request("POST", self.path(), document)
+        self.api.request("POST", self.path(name).removesuffix(f"/{name}"), document)
 
     def patch(self, name: str, spec: Document) -> None:
         self.api.request("PATCH", self.path(name), {"spec": spec})
@@ -82,7 +86,7 @@ class Installed:
         """The operator's requests as the API server wrote them down, without those about runs that other tests left."""
         lines = (self.plane.folder / "audit.log").read_text().splitlines()
         mine = [found for line in lines if (found := json.loads(line))["user"]["username"] == self.account]
-        places = (None, self.namespace, self.runs_namespace)
+        places = (None, self.namespace, *self.runs_namespaces)
         return [each for each in mine if each.get("objectRef", {}).get("namespace") in places]
 
     def used(self) -> set[Rule]:
@@ -98,7 +102,7 @@ class Installed:
             if each["kind"] in ("RoleBinding", "ClusterRoleBinding")
         }
         roles = [each for each in self.documents if (each["kind"], each["metadata"]["name"]) in bound]
-        assert len(roles) == len(bound) == 3
+        assert len(roles) == len(bound) > 2
         return {
             (group, resource, verb)
             for role in roles
@@ -117,17 +121,19 @@ def _resource(reference: Document) -> str:
     return f"{resource}/{below}" if below else resource
 
 
-@pytest.fixture(scope="module", params=["namespaced", "cluster-wide"])
+@pytest.fixture(scope="module", params=["namespaced", "two namespaces", "cluster-wide"])
 def installed(
     request: pytest.FixtureRequest, own_plane: BarePlane, own_kubectl: Kubectl, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Installed]:
-    """The release in a namespace of its own; a cluster-wide operator's runs are in another one."""
-    wide = request.param == "cluster-wide"
+    """The release in a namespace of its own, its runs in that one, or in one or two others."""
     namespace = f"release-{uuid.uuid4().hex[:8]}"
-    runs_namespace = f"runs-{uuid.uuid4().hex[:8]}" if wide else namespace
-    for name in {namespace, runs_namespace}:
+    others = {"namespaced": 0, "two namespaces": 2, "cluster-wide": 1}[request.param]
+    runs_namespaces = [f"runs-{uuid.uuid4().hex[:8]}" for _ in range(others)] or [namespace]
+    wide = request.param == "cluster-wide"
+    for name in {namespace, *runs_namespaces}:
         own_kubectl("create", "namespace", name)
-    documents = rendered(*(["watchNamespaces={*}"] if wide else []), namespace=namespace)
+    watched = "*" if wide else ",".join(runs_namespaces)
+    documents = rendered(*([f"watchNamespaces={{{watched}}}"] if others else []), namespace=namespace)
     documents = [each for each in documents if each["kind"] in RELEASE]
     own_kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(documents))
     account = one(documents, "ServiceAccount")["metadata"]["name"]
@@ -138,15 +144,16 @@ def installed(
     kubeconfig = folder / "kubeconfig"
     kubeconfig.write_text(yaml.safe_dump(given))
     (folder / "store").mkdir()
-    operator = OperatorProcess(kubeconfig, folder / "store", folder / "log", None if wide else namespace, namespace)
+    namespaces = [] if wide else runs_namespaces
+    operator = OperatorProcess(kubeconfig, folder / "store", folder / "log", namespaces, namespace)
     api = api_of(own_plane.kubeconfig)
     operator.start()
     try:
-        yield Installed(own_plane, api, documents, namespace, runs_namespace, operator)
+        yield Installed(own_plane, api, documents, namespace, runs_namespaces, operator)
     finally:
         operator.kill()
         own_kubectl("delete", "-f", "-", "--wait=false", stdin=yaml.safe_dump_all(documents))
-        own_kubectl("delete", "namespace", namespace, runs_namespace, "--wait=false", "--ignore-not-found")
+        own_kubectl("delete", "namespace", namespace, *runs_namespaces, "--wait=false", "--ignore-not-found")
 
 
 def test_no_permission_lacks_and_none_is_unused(installed: Installed) -> None:
@@ -181,7 +188,7 @@ def test_stage_pods_have_an_account_without_rights_and_no_token_of_it(
     installed.apply("stage-pods")
 
     def found() -> list[Document]:
-        path = f"/api/v1/namespaces/{installed.runs_namespace}/pods"
+        path = f"/api/v1/namespaces/{installed.place('stage-pods')}/pods"
         query = {"labelSelector": f"{LABEL_RUN}=stage-pods"}
         pods: list[Document] = installed.api.request("GET", path, query=query)["items"]
         return pods
@@ -192,14 +199,21 @@ def test_stage_pods_have_an_account_without_rights_and_no_token_of_it(
     assert not [volume for volume in pod["volumes"] if "projected" in volume or "secret" in volume]
 
     def rights(account: str) -> list[str]:
-        asked = ["auth", "can-i", "--list", "-n", installed.runs_namespace, f"--as=system:serviceaccount:{account}"]
+        asked = [
+            "auth",
+            "can-i",
+            "--list",
+            "-n",
+            installed.place("stage-pods"),
+            f"--as=system:serviceaccount:{account}",
+        ]
         return sorted(own_kubectl(*asked).stdout.splitlines())
 
-    own = rights(f"{installed.runs_namespace}:default")
+    own = rights(f"{installed.place('stage-pods')}:default")
     assert own == rights("nowhere:nobody")  # what Kubernetes lets every account do, such as ask for its own rights
 
 
 def _job(installed: Installed, run: str, stage: str) -> bool:
-    path = f"/apis/batch/v1/namespaces/{installed.runs_namespace}/jobs"
+    path = f"/apis/batch/v1/namespaces/{installed.place(run)}/jobs"
     query = {"labelSelector": f"{LABEL_RUN}={run},rlhf.dev/stage={stage}"}
     return bool(installed.api.request("GET", path, query=query)["items"])

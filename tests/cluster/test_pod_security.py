@@ -188,7 +188,7 @@ def test_a_template_that_the_level_forbids_is_said_in_the_runs_conditions(
         return [str(pod["metadata"]["labels"]["rlhf.dev/stage"]) for pod in found]
 
     with Between(own_plane.kubeconfig, tmp_path / "kubeconfig") as between:
-        operator = OperatorProcess(tmp_path / "kubeconfig", tmp_path / "store", tmp_path / "log", restricted)
+        operator = OperatorProcess(tmp_path / "kubeconfig", tmp_path / "store", tmp_path / "log", [restricted])
         operator.start()
         try:
             until(lambda: condition()[0] == "NoPod", 90, lambda: f"{condition()}\n{operator.last_lines()}")
