@@ -1,0 +1,391 @@
+"""A causal model's decode step on fused kernels: which models it knows, and one step over a static cache.
+
+`decoder_of(model)` reads the model's own modules; weights stay where they are. A model whose layers it does not know,
+or whose first step differs from the model's own forward, is decoded by that forward instead.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_pipeline.decode.nf4_gemm import (
+    RANK_STEP,
+    Activation,
+    Choice,
+    LowRank,
+    Nf4Weight,
+    Tile,
+    dependent_launch,
+    measured,
+    nf4_gemm,
+    padded_rows,
+)
+from rlhf_pipeline.models import stack_of, vocabulary_logits
+
+log = logging.getLogger(__name__)
+
+ACTIVATIONS: Final[dict[str, Activation]] = {
+    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+    "silu": "silu", "swish": "silu", "relu": "relu",
+}  # fmt: skip
+LLAMA_LIKE: Final = ("llama", "mistral", "qwen2", "qwen3")
+TIMED_LAYERS: Final = 16  # of one shape, so that their weights do not all stay in the card's cache
+STATIC_ROPE: Final = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on the longest sequence seen
+
+
+class Unknown(Exception):
+    """The model has a part that the fused step does not know."""
+
+
+class Linear:
+    """A linear layer of the model, its 4-bit weight if it has one, and the adapter that is active on it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.tuned = module if hasattr(module, "lora_A") else None
+        self.base: Any = module.base_layer if self.tuned is not None else module
+        self.weight = Nf4Weight.of(self.base)
+        self.out, self.inner = int(self.base.out_features), int(self.base.in_features)
+        self.low_rank: LowRank | None = None
+        self.tile: Tile | None = None  # None: the layer's own product
+
+    def take_adapter(self) -> None:
+        """Copy the active adapter's matrices in bfloat16, the scale in the second, into buffers that stay in place."""
+        if self.tuned is None:
+            return
+        tuned: Any = self.tuned
+        active = [name for name in tuned.active_adapters if name in tuned.lora_A]
+        if len(active) > 1 or getattr(tuned, "lora_magnitude_vector", None):
+            raise Unknown("more than one adapter at a time, or DoRA")
+        if self.low_rank is None:
+            rank = max(a.weight.shape[0] for a in tuned.lora_A.values())
+            padded = -(-rank // RANK_STEP) * RANK_STEP
+            like = {"dtype": torch.bfloat16, "device": next(iter(tuned.lora_A.values())).weight.device}
+            self.low_rank = LowRank(torch.zeros(padded, self.inner, **like), torch.zeros(self.out, padded, **like))
+        if not active:
+            self.low_rank.up.zero_()  # the buffers stay: a captured graph reads them
+            return
+        a, b = tuned.lora_A[active[0]].weight.detach(), tuned.lora_B[active[0]].weight.detach()
+        self.low_rank.down[: a.shape[0]].copy_(a)
+        self.low_rank.up[:, : b.shape[1]].copy_(b * tuned.scaling[active[0]])
+
+    def __call__(self, x: Tensor, activation: Activation = "none") -> Tensor:
+        """(rows, in) -> (rows, out)."""
+        low = None if self.low_rank is None else _low(x, self.low_rank.down)
+        up = None if self.low_rank is None else self.low_rank.up
+        if self.weight is not None and self.tile is not None:
+            return nf4_gemm(x, self.weight, self.tile, self.base.bias, low, up, activation)
+        y: Tensor = self.base(x)
+        if low is not None and up is not None:
+            y = torch.addmm(y, low, up.T)
+        return _activate(y, activation)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A layer norm or, without a mean, an RMS norm."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    rms: bool
+
+    @classmethod
+    def of(cls, module: Any) -> "Norm":
+        if isinstance(module, nn.LayerNorm):
+            return cls(module.weight, module.bias, module.eps, rms=False)
+        return cls(module.weight, None, module.variance_epsilon, rms=True)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer: attention and MLP, beside each other or one after the other."""
+
+    attention_norm: Norm
+    mlp_norm: Norm
+    inputs: tuple[Linear, ...]  # one for query, key and value of each head in turn, or three
+    output: Linear
+    head_norms: tuple[Norm, Norm] | None  # of query and key
+    gate: Linear | None
+    up: Linear
+    down: Linear
+    activation: Activation
+    parallel: bool
+
+
+@dataclass
+class Session:
+    """One batch that is being decoded: its cache and where each row stands in it."""
+
+    keys: list[Tensor]  # by layer: (rows, key heads, slots, head size)
+    values: list[Tensor]
+    first: Tensor  # (rows,) int32: the row's first real slot
+    slot: Tensor  # (rows,) int32: where the next token goes; the caller moves it on
+
+
+@dataclass
+class Decoder:
+    """The layers of a model as the fused step runs them."""
+
+    model: Any
+    layers: list[Layer]
+    norm: Norm
+    heads: int
+    key_heads: int
+    head_size: int
+    rotary: int  # how many of a head's values are rotated
+    scale: float
+    cos: Tensor = field(init=False)  # (positions, rotary)
+    sin: Tensor = field(init=False)
+    prepared: int = field(init=False, default=0)  # rows that tiles were chosen for
+    choices: dict[tuple[tuple[int, int], int], Choice] = field(init=False, default_factory=dict)  # by shape and rows
+
+    def __post_init__(self) -> None:
+        device = self.norm.weight.device
+        embedding = _rotary_embedding(self.model)
+        positions = torch.arange(self.model.config.get_text_config().max_position_embeddings, device=device)[None]
+        cos, sin = embedding(torch.empty(0, dtype=self.model.dtype, device=device), positions)
+        self.cos, self.sin = cos[0].contiguous(), sin[0].contiguous()
+        self.rotary = self.cos.shape[-1]
+        self.chained = dependent_launch(device)
+
+    def linears(self) -> list[Linear]:
+        """Every linear layer of the stack."""
+        found: list[Linear | None] = []
+        for layer in self.layers:
+            found += [*layer.inputs, layer.output, layer.gate, layer.up, layer.down]
+        return [linear for linear in found if linear is not None]
+
+    def prepare(self, rows: int) -> bool:
+        """Choose tiles for so many rows and take over the active adapter.
+
+        Returns whether tiles were chosen: whether a step may compute otherwise than the steps before.
+        """
+        linears, padded = self.linears(), padded_rows(rows)
+        new = self.prepared != padded
+        if new:
+            by_shape: dict[tuple[int, int], list[Linear]] = {}
+            for linear in linears:
+                if linear.weight is not None:
+                    by_shape.setdefault(linear.weight.shape, []).append(linear)
+            for shape, alike in by_shape.items():
+                if (shape, padded) not in self.choices:
+                    some = alike[:TIMED_LAYERS]
+                    weights = [linear.weight for linear in some if linear.weight is not None]
+                    self.choices[shape, padded] = measured(
+                        weights,
+                        padded,
+                        lambda x, some=some: [linear.base(x) for linear in some],  # type: ignore[misc]
+                    )
+                for linear in alike:
+                    linear.tile = self.choices[shape, padded].best
+            self.prepared = padded
+        for linear in linears:
+            linear.take_adapter()
+        return new
+
+    @torch.no_grad()
+    def step(self, token: Tensor, session: Session) -> Tensor:
+        """Put each row's token into the cache at its slot and give the next one's logits: (rows, vocabulary).
+
+        token: (rows,). Capturable in a CUDA graph.
+        """
+        x = self.model.get_input_embeddings()(token)
+        first: Tensor | None = None
+        second: Tensor | None = None
+        for index, layer in enumerate(self.layers):
+            if layer.parallel:
+                x, normed, mlp_input = self._add_norms(x, first, second, layer.attention_norm, layer.mlp_norm)
+                second = self._attend(layer, index, normed, session)
+                first = _mlp(layer, mlp_input)
+            else:
+                x, normed, _ = self._add_norms(x, first, second, layer.attention_norm)
+                attended = self._attend(layer, index, normed, session)
+                x, mlp_input, _ = self._add_norms(x, attended, None, layer.mlp_norm)
+                first = _mlp(layer, mlp_input)
+        _, normed, _ = self._add_norms(x, first, second, self.norm)
+        return vocabulary_logits(self.model, normed)
+
+    def _attend(self, layer: Layer, index: int, x: Tensor, session: Session) -> Tensor:
+        from rlhf_pipeline.decode.step_kernels import attend_kernel
+
+        size, rows = self.head_size, x.shape[0]
+        keys, values = session.keys[index], session.values[index]
+        projected = [linear(x) for linear in layer.inputs]
+        if len(projected) == 1:  # [query, key, value] of one head after the other
+            whole = projected[0]
+            query, key, value = whole, whole[:, size:], whole[:, 2 * size :]
+            stride, key_stride = 3 * size, 3 * size
+        else:
+            query, key, value = projected
+            stride, key_stride = size, size
+        out = torch.empty(rows, self.heads * size, dtype=x.dtype, device=x.device)
+        norms = layer.head_norms
+        attend_kernel[(rows, self.heads)](
+            query, key, value, keys, values, out, session.first, session.slot, self.cos, self.sin,
+            out if norms is None else norms[0].weight, out if norms is None else norms[1].weight,
+            0.0 if norms is None else norms[0].eps, self.scale,
+            query.stride(0), stride, key.stride(0), key_stride, value.stride(0), key_stride,
+            keys.stride(0), keys.stride(1),
+            self.heads, self.heads // self.key_heads, size, 1 << (size - 1).bit_length(), self.rotary,
+            norms is not None, 64, self.chained, num_warps=4, **_chain(self.chained),
+        )  # fmt: skip
+        return layer.output(out)
+
+    def _add_norms(
+        self, x: Tensor, first: Tensor | None, second: Tensor | None, norm: Norm, other: Norm | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from rlhf_pipeline.decode.step_kernels import add_norm_kernel
+
+        rows, width = x.shape
+        total = x if first is None else torch.empty_like(x)
+        y = torch.empty_like(x)
+        y2 = y if other is None else torch.empty_like(x)
+        also = other or norm
+        block = 1 << (width - 1).bit_length()
+        add_norm_kernel[(rows,)](
+            x, x if first is None else first, x if second is None else second, total,
+            norm.weight, norm.weight if norm.bias is None else norm.bias, y,
+            also.weight, also.weight if also.bias is None else also.bias, y2, norm.eps,
+            width, block, (first is not None) + (second is not None), norm.rms, norm.bias is not None,
+            other is not None, self.chained, num_warps=8 if block >= 4096 else 4, **_chain(self.chained),
+        )  # fmt: skip
+        return total, y, y2
+
+
+def decoder_of(model: Any) -> Decoder | None:
+    """The fused decode step of `model`; None, said once in the log, if the model is not one that it knows."""
+    # An adapter that is added to a layer without one wraps the layer: what was read before does not know of it.
+    adapted = sum(hasattr(module, "lora_A") for module in model.modules())
+    if model not in _known or _known[model][0] != adapted:
+        try:
+            _known[model] = adapted, _read(model)
+        except Unknown as reason:
+            forget(model, reason)
+    return _known[model][1]
+
+
+def forget(model: Any, reason: object) -> None:
+    """Decode `model` with its own forward from now on."""
+    log.warning("decoding with the model's own forward pass: %s", reason)
+    _known[model] = sum(hasattr(module, "lora_A") for module in model.modules()), None
+
+
+_known: "WeakKeyDictionary[Any, tuple[int, Decoder | None]]" = WeakKeyDictionary()
+
+
+def _read(model: Any) -> Decoder:
+    config = model.config.get_text_config()
+    if model.dtype != torch.bfloat16:
+        raise Unknown(f"activations in {model.dtype}")
+    if not model.get_input_embeddings().weight.is_cuda:
+        raise Unknown("no CUDA device")
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") not in STATIC_ROPE:
+        raise Unknown(f"rotary embeddings of type {rope.get('rope_type')}")
+    family = config.model_type
+    stack = stack_of(model).layers
+    if family == "gpt_neox":
+        layers, norm = [_neox(layer, config) for layer in stack], model.gpt_neox.final_layer_norm
+    elif family in LLAMA_LIKE:
+        layers, norm = [_llama(layer, config) for layer in stack], model.model.norm
+    else:
+        raise Unknown(f"models of type {family}")
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    return Decoder(model, layers, Norm.of(norm), heads, key_heads, size, 0, size**-0.5)
+
+
+def _neox(layer: Any, config: Any) -> Layer:
+    return Layer(
+        Norm.of(layer.input_layernorm),
+        Norm.of(layer.post_attention_layernorm),
+        (Linear(layer.attention.query_key_value),),
+        Linear(layer.attention.dense),
+        None,
+        None,
+        Linear(layer.mlp.dense_h_to_4h),
+        Linear(layer.mlp.dense_4h_to_h),
+        _activation(config.hidden_act),
+        layer.use_parallel_residual,
+    )
+
+
+def _llama(layer: Any, config: Any) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    normed = hasattr(attention, "q_norm")
+    return Layer(
+        Norm.of(layer.input_layernorm),
+        Norm.of(layer.post_attention_layernorm),
+        (Linear(attention.q_proj), Linear(attention.k_proj), Linear(attention.v_proj)),
+        Linear(attention.o_proj),
+        (Norm.of(attention.q_norm), Norm.of(attention.k_norm)) if normed else None,
+        Linear(mlp.gate_proj),
+        Linear(mlp.up_proj),
+        Linear(mlp.down_proj),
+        _activation(config.hidden_act),
+        parallel=False,
+    )
+
+
+def _mlp(layer: Layer, x: Tensor) -> Tensor:
+    if layer.gate is None:
+        return layer.down(layer.up(x, layer.activation))
+    return layer.down(_gated(layer.gate(x, layer.activation), layer.up(x)))
+
+
+def _low(x: Tensor, down: Tensor) -> Tensor:
+    from rlhf_pipeline.decode.step_kernels import low_rank_kernel
+
+    rank, inner = down.shape
+    low = torch.empty(x.shape[0], rank, dtype=x.dtype, device=x.device)
+    chained = dependent_launch(x.device)
+    low_rank_kernel[(x.shape[0], rank // 4)](
+        x, down, low, inner, rank, 4, 1024, chained, num_warps=4, **_chain(chained)
+    )
+    return low
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    from rlhf_pipeline.decode.step_kernels import gated_kernel
+
+    rows, size = gate.shape
+    out = torch.empty_like(gate)
+    chained = dependent_launch(gate.device)
+    gated_kernel[(rows, -(-size // 1024))](gate, up, out, size, 1024, chained, num_warps=4, **_chain(chained))
+    return out
+
+
+def _activate(y: Tensor, activation: Activation) -> Tensor:
+    match activation:
+        case "gelu":
+            return nn.functional.gelu(y)
+        case "gelu_tanh":
+            return nn.functional.gelu(y, approximate="tanh")
+        case "silu":
+            return nn.functional.silu(y)
+        case "relu":
+            return nn.functional.relu(y)
+        case "none":
+            return y
+
+
+def _activation(name: str) -> Activation:
+    if name not in ACTIVATIONS:
+        raise Unknown(f"the activation {name}")
+    return ACTIVATIONS[name]
+
+
+def _rotary_embedding(model: Any) -> Any:
+    for module in model.modules():
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            return module
+    raise Unknown("no rotary embedding")
+
+
+def _chain(chained: bool) -> dict[str, bool]:
+    return {"launch_pdl": True} if chained else {}
