@@ -1,7 +1,7 @@
 """Credentials that reach one prefix of a bucket are all that a run needs, and nothing else.
 
-POLICY is what they have to allow, in the words of S3 that MinIO and AWS share. Sources that lie elsewhere need
-s3:GetObject on them, and s3:ListBucket below the folders that they are in.
+rlhf_store.users.policy is what they have to allow, in the words of S3 that MinIO and AWS share. Sources that lie
+elsewhere need s3:GetObject on them, and s3:ListBucket below the folders that they are in.
 """
 
 import json
@@ -28,6 +28,7 @@ from rlhf_api.stage import ArtifactRef, StoreConfig
 from rlhf_operator.operator_settings import OperatorSettings
 from rlhf_operator.store_view import StoreView
 from rlhf_store.artifacts import Artifacts, open_artifacts
+from rlhf_store.users import policy
 
 pytestmark = pytest.mark.s3
 
@@ -35,23 +36,12 @@ PREFIX, NEIGHBOUR = "team/run", "team/run-2"
 REF = ArtifactRef(kind="model", digest="a" * 64)
 
 
-def policy(bucket: str, prefix: str, without: str = "") -> dict[str, Any]:
-    """What the credentials of one run must allow. `without`: an action to leave out."""
-    within: list[str] = ["s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"]
-    statements: list[dict[str, Any]] = [
-        {"Action": within, "Resource": [f"arn:aws:s3:::{bucket}/{prefix}/*"]},
-        {
-            "Action": ["s3:ListBucket"],
-            "Resource": [f"arn:aws:s3:::{bucket}"],
-            "Condition": {"StringLike": {"s3:prefix": [f"{prefix}/*"]}},
-        },
-        # Only where objectStore.region is not set.
-        {"Action": ["s3:GetBucketLocation"], "Resource": [f"arn:aws:s3:::{bucket}"]},
-    ]
-    for each in statements:
-        each["Effect"] = "Allow"
+def reduced(bucket: str, without: str) -> dict[str, Any]:
+    """The policy of our prefix but for one action."""
+    whole = policy(bucket, PREFIX)
+    for each in whole["Statement"]:
         each["Action"] = [action for action in each["Action"] if action != without]
-    return {"Version": "2012-10-17", "Statement": [each for each in statements if each["Action"]]}
+    return whole | {"Statement": [each for each in whole["Statement"] if each["Action"]]}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +62,7 @@ def new_user(minio: MinioServer, bucket: str) -> Callable[..., tuple[str, str]]:
 
     def make(without: str = "") -> tuple[str, str]:
         name, secret = uuid.uuid4().hex, uuid.uuid4().hex
-        admin.policy_add(name, policy=policy(bucket, PREFIX, without))
+        admin.policy_add(name, policy=reduced(bucket, without))
         admin.user_add(name, secret)
         admin.attach_policy([name], user=name)
         return name, secret

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         objects = _open(options.store, options.endpoint, options.region)
         work = _check if options.check else _make
-        print(_until_it_answers(lambda: work(objects), options.wait))
+        print(until_it_answers(lambda: work(objects), options.wait))
     except RLHFError as error:
         print(error, file=sys.stderr)
         return EXIT_CODES[error.failure]
@@ -66,7 +66,8 @@ def _check(objects: Objects) -> str:
     return f"{objects.url}: written, read and deleted; conditional writes work"
 
 
-def _until_it_answers(work: Callable[[], str], seconds: float) -> str:
+def until_it_answers(work: Callable[[], str], seconds: float) -> str:
+    """What `work` returns, tried again and again. Raises its StoreError when that many seconds are over."""
     deadline, said = time.monotonic() + seconds, ""
     while True:
         try:
