@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from rlhf_api.errors import UserError
 from rlhf_api.run import Lora
 from rlhf_pipeline.adapters import save_adapter
+from rlhf_pipeline.low_rank import lean_layers
 from rlhf_pipeline.models import adapted_layers, lora_config, stack_of, vocabulary_logits
 
 Role = Literal["policy", "critic", "reward", "reference"]
@@ -74,10 +75,13 @@ class Checkpointed(nn.Module):
 class Roles:
     """One base model with its adapters and scalar heads."""
 
-    def __init__(self, model: Any, lora: Lora, *, critic: bool = True, checkpointing: bool = False) -> None:
+    def __init__(
+        self, model: Any, lora: Lora, *, critic: bool = True, checkpointing: bool = False, kept_layers: int = 0
+    ) -> None:
         """Add a policy adapter (and a critic) to `model`, which must be frozen. A new adapter changes nothing yet.
 
-        checkpointing: in passes that keep gradients, keep only each layer's input and compute the rest again.
+        checkpointing: in passes that keep gradients, keep only each layer's input and compute the rest again, but for
+        the `kept_layers` uppermost ones, which cost memory instead of time.
         """
         from peft import get_peft_model
 
@@ -88,7 +92,7 @@ class Roles:
         self.width = int(model.get_input_embeddings().weight.shape[-1])
         self.device = model.get_input_embeddings().weight.device
         self.heads = nn.ModuleDict()
-        self.checkpointing = checkpointing
+        self.recomputed = max(self.bottom, depth - kept_layers) if checkpointing else 0  # layers below are checkpointed
         config = lora_config(lora, model, top=True)
         self._peft = get_peft_model(model, config, adapter_name="policy")  # changes `model` in place
         if critic:
@@ -122,9 +126,9 @@ class Roles:
         if trunk.hidden is not None:
             self._bypasses[self.bottom - 1].inject = trunk.hidden
             replaced |= {index: self._bypasses[index] for index in range(self.bottom)}
-        if self.checkpointing and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             layers = self.stack.layers
-            replaced |= {index: Checkpointed(layers[index]) for index in range(self.bottom, len(layers))}
+            replaced |= {index: Checkpointed(layers[index]) for index in range(self.bottom, self.recomputed)}
         with self._replaced(replaced):
             return self._run(trunk.ids, trunk.mask)
 
@@ -245,6 +249,7 @@ class Roles:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self._tuned = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        lean_layers(self.model)
         for name, parameter in self.model.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.float()  # master weights of what is trained

@@ -1,0 +1,196 @@
+"""Episodes a second of PPO on GPT-NeoX-20B in NF4: this project's trainer against TRL 1.12's, side by side in one run.
+
+python bench/ppo.py [--sizes 8:64:64 16:128:128] [--layers top:11 all] [--peer 160m 20b none] [--epochs 1 4]
+
+Ours: policy, critic and reward as adapters of rank 16 on one 20B base. TRL's: the same base and policy adapter; its
+value and reward models are separate, of 160M weights or, uncapped, of 20B. Both within --cap GiB unless the peer's are
+of 20B. Figures are medians of whole updates after two to warm up; random weights and prompts; no response ends early.
+"""
+
+import argparse
+import gc
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from big_model import GIB, big_model, keep_within
+from safetensors.torch import save_file
+
+from rlhf_api.run import PPO, Lora
+from rlhf_pipeline.ppo_trainer import Trainer
+from rlhf_pipeline.roles import Roles
+from rlhf_pipeline.scoring import _of_adapter
+
+WARM_UP = 2
+PROMPT_IDS = (5, 50000)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="gpt-neox-20b")
+    parser.add_argument("--sizes", nargs="+", default=["8:64:64", "16:128:128"], help="prompts:prompt:response")
+    parser.add_argument("--layers", nargs="+", default=["top:11", "all"])
+    parser.add_argument("--peer", nargs="+", default=["160m"], choices=["160m", "20b", "none"])
+    parser.add_argument("--epochs", type=int, nargs="+", default=[1])
+    parser.add_argument("--updates", type=int, default=5)
+    parser.add_argument("--kept", type=int, default=11, help="layers of ours whose activations are kept")
+    parser.add_argument("--micro", type=int, default=0, help="micro-batch of ours; 0: the whole batch")
+    parser.add_argument("--cap", type=float, default=23.0)
+    arguments = parser.parse_args()
+    print(torch.cuda.get_device_name(), flush=True)
+    ours: dict[tuple[str, str, int], float] = {}
+    keep_within(arguments.cap)
+    for layers in arguments.layers:
+        with_roles(arguments, layers, ours)
+    for peer in arguments.peer:
+        if peer == "none":
+            continue
+        keep_within(arguments.cap if peer == "160m" else 1e9)
+        for size in arguments.sizes:
+            for epochs in arguments.epochs:
+                rate = trl(arguments, size, epochs, peer)
+                for layers in arguments.layers:
+                    if rate and (layers, size, epochs) in ours:
+                        print(f"[ratio] {size}, {epochs} epochs, {layers}: {ours[layers, size, epochs] / rate:.2f} times "
+                              f"TRL with value and reward of {peer}", flush=True)  # fmt: skip
+
+
+def with_roles(arguments: argparse.Namespace, layers: str, rates: dict[tuple[str, str, int], float]) -> None:
+    """Measure ours with the adapters on these layers, at every size."""
+    base = big_model(arguments.model)
+    lora = Lora(rank=16, alpha=32, layers=layers)
+    roles = Roles(base, lora, checkpointing=True, kept_layers=arguments.kept)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        roles.save_adapter("critic", folder / "adapter")
+        save_file({"weight": torch.randn(1, roles.width) * 0.02}, folder / "head.safetensors")
+        roles.add_reward(folder)
+    for size in arguments.sizes:
+        prompts, prompt, response = map(int, size.split(":"))
+        for epochs in arguments.epochs:
+            micro = arguments.micro or prompts
+            settings = PPO(
+                episodes=10**6, batch_size=prompts, micro_batch_size=micro, prompt_tokens=prompt,
+                response_tokens=response, epochs=epochs, missing_eos_penalty=None,
+            )  # fmt: skip
+            trainer = Trainer(roles, settings, _of_adapter(roles, 0, micro), eos=0, pad=1, seed=1)
+            found: list[dict[str, float]] = []
+            try:
+                for update in range(arguments.updates + WARM_UP):
+                    torch.cuda.reset_peak_memory_stats()
+                    ids = torch.randint(*PROMPT_IDS, (prompts, prompt), device="cuda")
+                    begin = time.perf_counter()
+                    metrics = trainer.step(ids, torch.ones_like(ids, dtype=torch.bool))
+                    torch.cuda.synchronize()
+                    metrics["whole"] = time.perf_counter() - begin
+                    metrics["peak"] = torch.cuda.max_memory_reserved() / GIB
+                    if update >= WARM_UP:
+                        found.append(metrics)
+            except torch.OutOfMemoryError as error:
+                print(f"[ours] {layers} {size} {epochs} epochs: out of memory ({str(error)[:80]})", flush=True)
+                trainer = None  # type: ignore[assignment]
+                gc.collect()
+                torch.cuda.empty_cache()
+                continue
+            middle = {name: statistics.median(each[name] for each in found) for name in found[0]}
+            rates[layers, size, epochs] = prompts / middle["whole"]
+            print(f"[ours] {layers} {size} {epochs} epochs: {prompts / middle['whole']:.2f} episodes/s, "
+                  f"{middle['whole']:.3f} s an update: rollout {middle['rollout_seconds']:.3f}, score "
+                  f"{middle['score_seconds']:.3f}, train {middle['train_seconds']:.3f}; peak reserved "
+                  f"{max(each['peak'] for each in found):.2f} GiB; {middle['response_tokens']:.0f} tokens a response",
+                  flush=True)  # fmt: skip
+            trainer = None  # type: ignore[assignment]
+    del roles, base
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def trl(arguments: argparse.Namespace, size: str, epochs: int, peer: str) -> float | None:
+    """Measure TRL's trainer; returns its episodes a second, None where it runs out of memory."""
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    prompts, prompt, response = map(int, size.split(":"))
+    config = {"r": 16, "lora_alpha": 32, "target_modules": ["query_key_value", "dense"]}
+    policy = get_peft_model(big_model(arguments.model), LoraConfig(**config, task_type="CAUSAL_LM"))
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            torch.cuda.synchronize()
+            times.append(time.perf_counter())
+
+    updates = arguments.updates + WARM_UP
+    rows = torch.randint(*PROMPT_IDS, (prompts * updates, prompt)).tolist()
+    with tempfile.TemporaryDirectory() as name:
+        settings = PPOConfig(
+            output_dir=name, per_device_train_batch_size=prompts, gradient_accumulation_steps=1, num_mini_batches=1,
+            num_ppo_epochs=epochs, total_episodes=prompts * updates, response_length=response, temperature=1.0,
+            local_rollout_forward_batch_size=prompts, num_sample_generations=0, bf16=True, report_to=[],
+            save_strategy="no", gradient_checkpointing=True, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = PPOTrainer(
+            settings, tokenizer_of(PreTrainedTokenizerFast), policy, None, scorer(arguments, peer, trained=False),
+            Dataset.from_dict({"input_ids": rows}), scorer(arguments, peer, trained=True), callbacks=[Clock()],
+        )  # fmt: skip
+        torch.cuda.reset_peak_memory_stats()
+        rate = None
+        try:
+            trainer.train()
+            seconds = statistics.median(b - a for a, b in zip(times[WARM_UP - 1 :], times[WARM_UP:], strict=False))
+            rate = prompts / seconds
+            print(f"[trl] {size} {epochs} epochs, value and reward of {peer}: {rate:.2f} episodes/s, {seconds:.3f} s an "
+                  f"update; peak reserved {torch.cuda.max_memory_reserved() / GIB:.2f} GiB", flush=True)  # fmt: skip
+        except torch.OutOfMemoryError as error:
+            print(
+                f"[trl] {size} {epochs} epochs, value and reward of {peer}: out of memory ({str(error)[:80]})",
+                flush=True,
+            )
+    del trainer, policy
+    gc.collect()
+    torch.cuda.empty_cache()
+    return rate
+
+
+def scorer(arguments: argparse.Namespace, peer: str, *, trained: bool) -> Any:
+    """A sequence classifier with one output for TRL: of 160M weights in bfloat16, or the 20B base with an adapter."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from transformers import AutoModelForSequenceClassification
+
+    body = big_model(arguments.model if peer == "20b" else "pythia-160m", "nf4" if peer == "20b" else "none")
+    with torch.device("meta"):
+        config = body.config
+        config.num_labels = 1
+        quantization = config.__dict__.pop("quantization_config", None)
+        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16)
+        if quantization is not None:
+            config.quantization_config = quantization
+    model.gpt_neox = body.gpt_neox
+    model.score = torch.nn.Linear(config.hidden_size, 1, bias=False, device="cuda", dtype=torch.bfloat16)
+    if peer == "20b":
+        adapter = LoraConfig(r=16, lora_alpha=32, target_modules=["query_key_value", "dense"])
+        inject_adapter_in_model(adapter, model)
+        model.is_loaded_in_4bit = model.is_quantized = True
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained and ("lora_" in name or name.startswith("score")))
+    else:
+        model.requires_grad_(trained)
+    return model
+
+
+def tokenizer_of(kind: Any) -> Any:
+    """A tokenizer that only has to know its special tokens."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    words = {"<eos>": 0, "<pad>": 1, "<unk>": 2}
+    return kind(tokenizer_object=Tokenizer(WordLevel(words, "<unk>")), eos_token="<eos>", pad_token="<pad>")
+
+
+if __name__ == "__main__":
+    main()
