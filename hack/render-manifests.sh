@@ -11,7 +11,8 @@ fi
 mkdir -p "$(dirname "$out")"
 trap 'rm -f "$out.chart" "$out.new"' EXIT
 helm template rlhf-operator charts/rlhf-operator --namespace rlhf-system --skip-tests --kube-version 1.37.2 \
-    --set crds.install=false --set objectStore.existingSecret=rlhf-object-store >"$out.chart"
+    --set crds.install=false --set objectStore.existingSecret=rlhf-object-store \
+    --set minio.existingSecret=rlhf-minio-root >"$out.chart"
 {
     echo "# Made by hack/render-manifests.sh from charts/rlhf-operator; do not edit."
     # Without Helm's own labels and hooks, and the annotations that held nothing else.

@@ -30,6 +30,7 @@ RELEASE = "rlhf"
 BUCKET = "rlhf"
 PREFIX = "runs"  # of the chart
 STORE_SECRET = f"{RELEASE}-rlhf-operator-object-store"
+ROOT_SECRET = f"{RELEASE}-rlhf-operator-minio-root"
 GPU_NODE = {"rlhf.dev/gpu-memory": "24Gi"}
 STAGES = (
     "import-model", "import-sft", "import-preferences", "import-prompts", "import-evaluation",
@@ -273,17 +274,19 @@ class Release:
                     store.remove_object(BUCKET, key)
 
     def credentials(self) -> tuple[str, str]:
-        """Access key and secret key of the release's object store."""
-        data = self.objects.get("secrets", STORE_SECRET)["data"]
-        access, secret = (
-            base64.b64decode(data[key]).decode() for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-        )
-        return access, secret
+        """Access key and secret key that stages have for the release's object store."""
+        return self.keys(STORE_SECRET, "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+
+    def keys(self, secret: str, *names: str) -> tuple[str, str]:
+        """Two values of a Secret."""
+        data = self.objects.get("secrets", secret)["data"]
+        access, key = (base64.b64decode(data[name]).decode() for name in names)
+        return access, key
 
     @contextmanager
     def store(self) -> Iterator[Minio]:
-        """The release's object store."""
-        user, password = self.credentials()
+        """The release's object store, as its root."""
+        user, password = self.keys(ROOT_SECRET, "MINIO_ROOT_USER", "MINIO_ROOT_PASSWORD")
         with self.forwarded(f"service/{self.store_name}", 9000) as address:
             yield Minio(address, user, password, secure=False)
 

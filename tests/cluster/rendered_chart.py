@@ -23,8 +23,9 @@ VALUES = {
     "aws": ["minio.enabled=false", "objectStore.accessKey=a", "objectStore.secretKey=b", "objectStore.region=x",
             "networkPolicy.allowHub=false", "crds.keep=false", "rbac.aggregate=false",
             f"pipelineImage.digest={DIGEST}"],
-    "cluster-wide": ["watchNamespaces={*}"],
-    "other-namespaces": ["watchNamespaces={default,kube-public}"],
+    "cluster-wide": ["watchNamespaces={*}", "minio.existingSecret=root"],
+    "other-namespaces": ["watchNamespaces={default,kube-public}", "minio.users[0].secret=team",
+                         "minio.users[0].prefix=team"],
     "everything": [
         "metrics.serviceMonitor.enabled=true",
         "metrics.serviceMonitor.labels.team=ml",

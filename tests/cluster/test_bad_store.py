@@ -87,7 +87,8 @@ def outside(
     with ExitStack() as stack:
         disk = stack.enter_context(SmallDisk(folder / "disk", DISK))
         minio = stack.enter_context(MinioServer(folder, disk.path / "data"))
-        link = stack.enter_context(FaultyLink(minio.url, host=address_for(cluster_kubectl)))
+        address = address_for(cluster_kubectl)
+        link = stack.enter_context(FaultyLink(minio.url, host=address))
         build_tiny_model(folder / "sources" / "model", layers=2)
         (folder / "sources" / "reviews.csv").write_text(reviews())
         minio.client().make_bucket(BUCKET)
@@ -100,7 +101,7 @@ def outside(
         stack.callback(release.helm, "uninstall", "rlhf", "--wait", check=False)
         stack.callback(release.kubectl, "delete", "rlhfruns", "--all", "--wait=false", check=False)
         release.install(
-            "minio.enabled=false", f"objectStore.endpoint={link.url}",
+            "minio.enabled=false", f"objectStore.endpoint={link.url}", f"networkPolicy.storeCIDRs={{{address}/32}}",
             f"objectStore.accessKey={USER}", f"objectStore.secretKey={PASSWORD}",
         )  # fmt: skip
         yield release

@@ -1,6 +1,8 @@
 """The chart: refused where it is wrong, taken by a real API server where it is right, and true to the operator."""
 
 import base64
+import ipaddress
+import json
 import re
 import subprocess
 from collections.abc import Callable
@@ -14,8 +16,22 @@ from rendered_chart import CHART, DIGEST, EXTERNAL, KUBERNETES, ROOT, VALUES, he
 from rlhf_api import names
 from rlhf_operator.operator_settings import OperatorSettings
 
+OWN = "rlhf-rlhf-operator-object-store"
+PART_OF = "app.kubernetes.io/part-of=rlhf-operator"
+
 Kubectl = Callable[..., "subprocess.CompletedProcess[str]"]
 Document = dict[str, Any]
+
+
+def user(secret: str, prefix: str) -> str:
+    """A value: one more user of the bundled store."""
+    return f"minio.users[0].secret={secret},minio.users[0].prefix={prefix}"
+
+
+def lets_through(block: Document, address: str) -> bool:
+    """Whether an ipBlock of a network policy does."""
+    networks = [ipaddress.ip_network(each) for each in (block["cidr"], *block.get("except", []))]
+    return [ipaddress.ip_address(address) in each for each in networks] == [True, *[False] * (len(networks) - 1)]
 
 
 @pytest.mark.parametrize(
@@ -32,12 +48,31 @@ Document = dict[str, Any]
         ("stage.terminationGracePeriodSeconds=0", "terminationGracePeriodSeconds"),
         ("networkPolicy.apiServer.ports={https}", "ports"),
         ("minio.enabled=false", "objectStore.existingSecret"),
+        ("networkPolicy.storeCIDRs={private}", "storeCIDRs"),
+        ("networkPolicy.storeCIDRs=null", "storeCIDRs"),
+        ("objectStore.prefix=*", "prefix"),
+        (user("team", "$"), "prefix"),
+        (user(OWN, "team"), f"Secret {OWN} is there already"),
+        (user("rlhf-rlhf-operator-minio-root", "team"), "Secret rlhf-rlhf-operator-minio-root is there already"),
+        (user("team", "runs"), "overlaps"),
+        (user("team", "runs/team/"), "overlaps"),
+        (f"objectStore.prefix=team/runs,{user('team', 'team')}", "overlaps"),
+        (f"objectStore.prefix=,{user('team', 'team')}", "overlaps"),
+        (f"minio.enabled=false,objectStore.existingSecret=mine,{user('team', 'team')}", "not the store"),
     ],
 )
 def test_a_wrong_value_is_named(value: str, said: str) -> None:
     done = helm("template", "rlhf", CHART, KUBERNETES, f"--set={value}")
     assert done.returncode != 0
     assert said in done.stderr
+
+
+@pytest.mark.parametrize("value", ["networkPolicy.storeCIDRs", "networkPolicy.apiServer.cidrs"])
+def test_no_list_of_addresses_is_empty(value: str) -> None:
+    """A rule of a network policy without addresses would be one for all of them."""
+    done = helm("template", "rlhf", CHART, KUBERNETES, f"--set-json={value}=[]")
+    assert done.returncode != 0
+    assert value.replace(".", "/") in done.stderr
 
 
 @pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
@@ -100,8 +135,8 @@ def test_what_a_pod_reads_as_it_starts_restarts_it_when_it_changes() -> None:
 
     first, second = ["objectStore.secretKey=first-secret"], ["objectStore.secretKey=second-secret"]
     assert restarts([], []) == restarts(first, first) == [False, False]
-    assert restarts([], first) == restarts(first, second) == [True, True]
-    assert restarts(["objectStore.accessKey=a", *first], ["objectStore.accessKey=b", *first]) == [True, True]
+    assert restarts([], first) == restarts(first, second) == [True, False]
+    assert restarts(["objectStore.accessKey=a", *first], ["objectStore.accessKey=b", *first]) == [True, False]
     assert restarts([], ["objectStore.prefix=other"]) == [True, False]
     mine = "objectStore.existingSecret=mine"
     assert restarts([mine, *first], [mine, *second]) == [False, False]
@@ -122,6 +157,42 @@ def test_stage_pods_reach_dns_and_the_store_and_are_scraped() -> None:
     assert one(rendered(*ported), "NetworkPolicy", "rlhf-rlhf-operator-stages")["spec"]["egress"][1]["ports"] == [
         {"port": 9001}
     ]
+
+
+def test_a_store_elsewhere_leaves_the_private_addresses_shut_but_those_it_is_at() -> None:
+    def reach(*values: str) -> set[str]:
+        policy = one(rendered(*EXTERNAL, *values), "NetworkPolicy", "rlhf-rlhf-operator-stages")["spec"]
+        blocks = [target["ipBlock"] for target in policy["egress"][1]["to"]]
+        return {address for address in (*private, *public) if any(lets_through(block, address) for block in blocks)}
+
+    private = ("10.96.0.1", "172.18.0.2", "192.168.49.2", "100.64.0.1", "169.254.169.254", "fd00::1")
+    public = ("52.216.0.1", "2600:1f00::1")
+    assert reach() == set(public)
+    assert reach("networkPolicy.storeCIDRs={172.18.0.0/16}") == {"172.18.0.2"}
+    assert reach("networkPolicy.storeCIDRs={public,fd00::1/128}") == {*public, "fd00::1"}
+
+
+def test_only_minio_and_the_job_that_makes_its_users_have_the_roots_keys() -> None:
+    for values in ([], VALUES["other-namespaces"], VALUES["cluster-wide"]):
+        documents = rendered(*values)
+        root = "root" if "minio.existingSecret=root" in values else "rlhf-rlhf-operator-minio-root"
+        readers = {name for name, spec in pod_specs(documents) if root in json.dumps(spec)}
+        assert readers == {"rlhf-rlhf-operator-minio", "rlhf-rlhf-operator-bucket"}
+        secrets = [d["metadata"]["namespace"] for d in documents if d["kind"] == "Secret" and "MINIO" in json.dumps(d)]
+        assert secrets == ([] if root == "root" else ["rlhf"])
+
+
+def test_each_user_of_the_bundled_store_has_one_secret_in_all_namespaces_of_runs() -> None:
+    documents = rendered(*VALUES["other-namespaces"])
+    [users] = [c for c in one(documents, "Job")["spec"]["template"]["spec"]["containers"] if c["name"] == "users"]
+    assert users["args"][-2:] == [f"/users/{OWN}=runs", "/users/team=team"]
+    keys: set[str] = set()
+    for name in (OWN, "team"):
+        found = [d for d in documents if d["kind"] == "Secret" and d["metadata"]["name"] == name]
+        assert {d["metadata"]["namespace"] for d in found} == {"default", "kube-public", "rlhf"}
+        assert len({json.dumps(d["stringData"]) for d in found}) == 1
+        keys |= set(found[0]["stringData"].values())
+    assert len(keys) == 4
 
 
 def test_the_chart_ships_the_crd_and_keeps_it_on_uninstall() -> None:
@@ -152,24 +223,27 @@ def test_the_plain_install_is_the_charts(tmp_path: Path, api_kubectl: Kubectl) -
 
 
 def test_an_upgrade_keeps_the_generated_credentials(api_server: Path, api_kubectl: Kubectl, api_namespace: str) -> None:
-    def credentials() -> Document:
-        secret = api_kubectl("-n", api_namespace, "get", "secret", "rlhf-object-store", "-o", "yaml").stdout
-        data: Document = yaml.safe_load(secret)["data"]
-        return data
+    def credentials() -> dict[str, Document]:
+        found = yaml.safe_load(api_kubectl("-n", api_namespace, "get", "secrets", "-l", PART_OF, "-o", "yaml").stdout)
+        return {each["metadata"]["name"]: each["data"] for each in found["items"]}
 
     release = ["rlhf", CHART, "--namespace", api_namespace, "--no-hooks", "--set=fullnameOverride=rlhf",
-               "--set=crds.install=false", "--set=rbac.create=false"]  # fmt: skip
+               "--set=crds.install=false", "--set=rbac.create=false", f"--set={user('team', 'team')}"]  # fmt: skip
     for action in ("install", "upgrade"):
         done = helm(action, *release, kubeconfig=api_server)
         assert done.returncode == 0, done.stderr
         if action == "install":
             first = credentials()
+    assert first.keys() == {"rlhf-object-store", "rlhf-minio-root", "team"}
     assert credentials() == first
-    assert len(base64.b64decode(first[names.ENV_SECRET_KEY])) == 40
+    assert len(base64.b64decode(first["rlhf-object-store"][names.ENV_SECRET_KEY])) == 40
     done = helm("upgrade", *release, "--set=objectStore.secretKey=my-own-secret-key", kubeconfig=api_server)
     assert done.returncode == 0, done.stderr
-    assert base64.b64decode(credentials()[names.ENV_SECRET_KEY]) == b"my-own-secret-key"
-    assert credentials()[names.ENV_ACCESS_KEY] == first[names.ENV_ACCESS_KEY]
+    second = credentials()
+    own = second.pop("rlhf-object-store")
+    assert base64.b64decode(own[names.ENV_SECRET_KEY]) == b"my-own-secret-key"
+    assert own[names.ENV_ACCESS_KEY] == first.pop("rlhf-object-store")[names.ENV_ACCESS_KEY]
+    assert second == first
 
 
 def test_the_operator_may_do_what_it_does_and_nothing_else(

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import pytest
-from release import BUCKET, STAGES, Release, tiny_spec
+from release import BUCKET, PREFIX, STAGES, Release, tiny_spec
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -30,7 +30,7 @@ def expected(release: Release) -> dict[str, str]:
 
 def elsewhere(prefix: str) -> Any:
     """The same chain with a store prefix of its own, so that nothing is there to reuse."""
-    return tiny_spec(objectStore={"bucket": BUCKET, "prefix": prefix}, **LONGER)
+    return tiny_spec(objectStore={"bucket": BUCKET, "prefix": f"{PREFIX}/{prefix}"}, **LONGER)
 
 
 def again(release: Release, name: str, *stages: str) -> None:

@@ -30,6 +30,33 @@
 {{- default (printf "%s-object-store" (include "rlhf.fullname" .)) .Values.objectStore.existingSecret }}
 {{- end }}
 
+{{/* MinIO's root: whoever has it may do everything to the bundled store. */}}
+{{- define "rlhf.rootSecret" -}}
+{{- default (printf "%s-root" (include "rlhf.minio" .)) .Values.minio.existingSecret }}
+{{- end }}
+
+{{/* Who uses the store, the release's own user first, as a JSON list of their Secrets and prefixes. */}}
+{{- define "rlhf.users" -}}
+{{- if and .Values.minio.users (not (include "rlhf.bundledStore" .)) }}
+{{- fail "minio.users: the bundled MinIO is not the store; make keys where the store is, and leave this empty" }}
+{{- end }}
+{{- $own := dict "secret" (include "rlhf.storeSecret" .) "prefix" (include "rlhf.storePrefix" .) }}
+{{- $taken := list $own.secret (include "rlhf.rootSecret" .) }}
+{{- $found := list $own }}
+{{- range .Values.minio.users }}
+{{- $prefix := trimAll "/" .prefix }}
+{{- if has .secret $taken }}
+{{- fail (printf "minio.users: a Secret %s is there already; give each user another" .secret) }}
+{{- end }}
+{{- if or (not $own.prefix) (hasPrefix (print $own.prefix "/") (print $prefix "/")) (hasPrefix (print $prefix "/") (print $own.prefix "/")) }}
+{{- fail (printf "minio.users: prefix %s overlaps with objectStore.prefix %q; the keys of one would reach into the other" $prefix $own.prefix) }}
+{{- end }}
+{{- $taken = append $taken .secret }}
+{{- $found = append $found (dict "secret" .secret "prefix" $prefix) }}
+{{- end }}
+{{- toJson $found }}
+{{- end }}
+
 {{/* The endpoint, empty for AWS. */}}
 {{- define "rlhf.storeEndpoint" -}}
 {{- if .Values.objectStore.endpoint }}
@@ -39,8 +66,12 @@
 {{- end }}
 {{- end }}
 
+{{- define "rlhf.storePrefix" -}}
+{{- trimAll "/" .Values.objectStore.prefix }}
+{{- end }}
+
 {{- define "rlhf.storeURL" -}}
-{{- $prefix := trimAll "/" .Values.objectStore.prefix }}
+{{- $prefix := include "rlhf.storePrefix" . }}
 {{- printf "s3://%s" .Values.objectStore.bucket }}{{ if $prefix }}/{{ $prefix }}{{ end }}
 {{- end }}
 
@@ -125,6 +156,14 @@ seccompProfile: {type: RuntimeDefault}
   valueFrom: {secretKeyRef: {name: {{ include "rlhf.storeSecret" . }}, key: AWS_SECRET_ACCESS_KEY}}
 {{- end }}
 
+{{/* The same of the bundled store's root. */}}
+{{- define "rlhf.rootCredentials" -}}
+- name: AWS_ACCESS_KEY_ID
+  valueFrom: {secretKeyRef: {name: {{ include "rlhf.rootSecret" . }}, key: MINIO_ROOT_USER}}
+- name: AWS_SECRET_ACCESS_KEY
+  valueFrom: {secretKeyRef: {name: {{ include "rlhf.rootSecret" . }}, key: MINIO_ROOT_PASSWORD}}
+{{- end }}
+
 {{/*
 What restarts a pod when the credentials of the values change, which it reads from the Secret as it starts; generated ones
 never change, and whoever makes the Secret restarts what reads it. By scrypt: who may read a pod cannot guess from it.
@@ -155,6 +194,14 @@ checksum/object-store: {{ derivePassword 1 "long" $store.secretKey $store.access
   ports: [{port: 53, protocol: UDP}, {port: 53, protocol: TCP}]
 {{- end }}
 
+{{/* All but the private ranges, where API servers have their addresses. */}}
+{{- define "rlhf.publicAddresses" -}}
+- ipBlock:
+    cidr: 0.0.0.0/0
+    except: [10.0.0.0/8, 100.64.0.0/10, 169.254.0.0/16, 172.16.0.0/12, 192.168.0.0/16]
+- ipBlock: {cidr: "2000::/3"}
+{{- end }}
+
 {{- define "rlhf.egressStore" -}}
 {{- if include "rlhf.bundledStore" . -}}
 - to:
@@ -164,7 +211,11 @@ checksum/object-store: {{ derivePassword 1 "long" $store.secretKey $store.access
   ports: [{port: 9000}]
 {{- else -}}
 - to: {{- range .Values.networkPolicy.storeCIDRs }}
+    {{- if eq . "public" }}
+    {{- include "rlhf.publicAddresses" $ | nindent 4 }}
+    {{- else }}
     - ipBlock: {cidr: {{ . | quote }}}
+    {{- end }}
   {{- end }}
   ports: [{port: {{ include "rlhf.storePort" . }}}]
 {{- end }}
