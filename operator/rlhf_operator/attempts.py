@@ -129,7 +129,10 @@ def _outcome(job: Document, pods: Sequence[Document], stage: str) -> tuple[int |
         result = _result(text)
         if result is not None and (code != EXIT_INTERRUPTED or result.artifact is not None):
             return code, result
-        if code in (EXIT_INTERRUPTED, SIGTERM_EXIT) or stopped:
+        told = code in (EXIT_INTERRUPTED, SIGTERM_EXIT)
+        if told and not stopped and newest and _evicted(newest):  # else a pod over its own limit would never fail
+            return None, _failed(stage, "infrastructure", _loss(job, newest))
+        if told or stopped:
             return EXIT_INTERRUPTED, result
         return _without_result(stage, newest or {}, ended, code, text)
     if stopped or _condition(job, "Complete"):
@@ -181,8 +184,13 @@ def _loss(job: Document, pod: Document | None) -> str:
     return "the pod was deleted, or its node was lost, before the stage ended"
 
 
+def _evicted(pod: Document) -> bool:
+    """Whether the kubelet put the pod out, for what it or others take of the node."""
+    return pod.get("status", {}).get("reason") == "Evicted"
+
+
 def _disruption(pod: Document) -> str | None:
-    if pod.get("status", {}).get("reason") == "Evicted":
+    if _evicted(pod):
         return f"the pod was evicted: {pod['status'].get('message', '')}"
     if condition := _condition(pod, "DisruptionTarget"):
         return f"the pod was disrupted ({condition.get('reason')}): {condition.get('message', '')}"

@@ -494,6 +494,9 @@ def cases() -> Iterator[Any]:
     yield "silence", failed_job(), [ended_pod(1)], "bug", "exited with code 1 and left no result"
     evicted = {"status": {"phase": "Failed", "reason": "Evicted", "message": "low on ephemeral-storage"}}
     yield "evicted", failed_job(), [evicted], "infrastructure", "evicted: low on ephemeral-storage"
+    told = ended_pod(EXIT_INTERRUPTED, stop.decode())
+    told["status"] |= {"reason": "Evicted", "message": "exceeds its limit"}
+    yield "evicted and told to stop", failed_job(), [told], "infrastructure", "evicted: exceeds its limit"
     yield "killed by eviction", failed_job(), [ended_pod(137, conditions=disrupted)], "infrastructure", "drain"
     yield "deleted", failed_job(), [], "infrastructure", "the pod was deleted"
     lost = {"status": {"phase": "Failed", "reason": "NodeLost", "message": "node n is unresponsive"}}
