@@ -1,21 +1,29 @@
 """The examples that people copy are valid, and are what they say."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from rlhf_api.budget import budget, shape_of
-from rlhf_api.names import LABEL_QUEUE
+from rlhf_api.names import LABEL_QUEUE, STAGE_CONTAINER
+from rlhf_api.quantity import bytes_of
 from rlhf_api.run import RLHFRun, RunStatus, StageStatus
 from rlhf_operator.forks import forked
+from rlhf_operator.jobs import stage_job
 from rlhf_operator.load import load_run
+from rlhf_operator.operator_settings import OperatorSettings
 from rlhf_operator.stages import chain
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "manifests/examples").glob("*.yaml"))
 MISTRAL_7B = {
     "model_type": "mistral", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 32768, "max_position_embeddings": 32768,
+}  # fmt: skip
+GPT_NEOX_20B = {
+    "model_type": "gpt_neox", "hidden_size": 6144, "num_hidden_layers": 44, "num_attention_heads": 64,
+    "intermediate_size": 24576, "vocab_size": 50432, "max_position_embeddings": 2048,
 }  # fmt: skip
 
 
@@ -62,6 +70,20 @@ def test_the_kueue_example_names_the_queue_that_is_beside_it() -> None:
     [queue] = [each for each in yaml.safe_load_all(queues) if each["kind"] == "LocalQueue"]
     assert metadata.model_extra is not None
     assert metadata.model_extra["labels"][LABEL_QUEUE] == queue["metadata"]["name"]
+
+
+@pytest.mark.parametrize(("name", "config"), [("7b", MISTRAL_7B), ("gpt-neox-20b", GPT_NEOX_20B)])
+def test_every_stage_of_a_large_example_asks_for_the_disk_that_its_weights_take(
+    name: str, config: dict[str, Any]
+) -> None:
+    shape, run = shape_of(config), example(name)
+    assert shape
+    weights = 2 * (shape.layers * shape.layer_weights + shape.embedding_weights)
+    for link in chain(run, {}):
+        pod = stage_job(run, link, 1, OperatorSettings(image="pipeline:1"), asked_at=0)["spec"]["template"]["spec"]
+        [requests] = [each["resources"]["requests"] for each in pod["containers"] if each["name"] == STAGE_CONTAINER]
+        models = 2 if link.name == "merge" else 1
+        assert 1 < bytes_of(requests["ephemeral-storage"]) / (models * weights) < 1.6, link.name
 
 
 def test_the_7b_example_fits_a_24_gb_card() -> None:
