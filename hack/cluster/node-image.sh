@@ -83,9 +83,6 @@ make_archives() {
     archive pod-network localhost/pod-network:1 /bin/sh /usr/local/bin/network.sh
     cp "$bin/kube-router" "$folders/network-policies/usr/local/bin/"
     archive network-policies localhost/network-policies:1 /usr/local/bin/kube-router
-    mkdir -p "$folders/kueue"
-    cp "$bin/kueue" "$folders/kueue/manager"
-    archive kueue "localhost/kueue:$KUEUE"
     mkdir -p "$folders/local-path"/{usr/local/bin,bin,etc,tmp}
     cp "$bin/local-path-provisioner" "$folders/local-path/usr/local/bin/"
     cp "$rootfs/bin/busybox" "$folders/local-path/bin/"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # tools.sh [NAME|GROUP ...]: programs of the test cluster, built from their Go modules into .cache/cluster/bin.
-# Groups: control-plane, node, clients, kwok; without arguments all. What is there in its version is not built again.
+# Groups: control-plane, node, clients, kwok, kueue; without arguments all. What is there in its version is not built again.
 set -euo pipefail
 . "$(dirname "$0")/env.sh"
 
 kubernetes="kube-apiserver kube-controller-manager kube-scheduler kubelet kubeadm kube-proxy kubectl"
 control_plane="etcd kube-apiserver kubectl kube-controller-manager kube-scheduler"
-node="kubelet kubeadm kube-proxy containerd containerd-shim-runc-v2 ctr coredns host-local loopback ptp portmap local-path-provisioner kube-router kueue"
+node="kubelet kubeadm kube-proxy containerd containerd-shim-runc-v2 ctr coredns host-local loopback ptp portmap local-path-provisioner kube-router"
 clients="kind helm kube-score"
 
 version_of() {
@@ -23,7 +23,7 @@ version_of() {
     kind ) echo "$KIND" ;;
     helm ) echo "$HELM" ;;
     kwok ) echo "$KWOK" ;;
-    * ) fail "$1 is no program or group; use one of: control-plane node clients kwok $control_plane $node $clients" ;;
+    * ) fail "$1 is no program or group; use one of: control-plane node clients kwok kueue $control_plane $node $clients" ;;
     esac
 }
 
@@ -109,7 +109,7 @@ kwok_stages() {
 }
 
 wanted=()
-[ $# -gt 0 ] || set -- control-plane node clients kwok
+[ $# -gt 0 ] || set -- control-plane node clients kwok kueue
 for name in "$@"; do
     case $name in
     control-plane ) wanted+=($control_plane) ;;

@@ -18,6 +18,7 @@ SCRIPT = Path(__file__).parents[2] / "hack" / "minio.sh"
 USER, PASSWORD = "rlhf-tests", "rlhf-tests-secret"
 # PR_SET_PDEATHSIG, SIGKILL: the server dies with the tests, however they die.
 DIE_WITH_PARENT = "import ctypes,os,sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
+AS_ROOT = [] if os.geteuid() == 0 or not shutil.which("sudo") else ["sudo", "--non-interactive"]
 START_SECONDS = 180.0  # a disk busy with others' writes holds it up
 
 
@@ -81,15 +82,14 @@ class SmallDisk:
 
     def __enter__(self) -> Self:
         self.path.mkdir(parents=True)
-        mounted = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={self._size}", "tmpfs", self.path], capture_output=True, text=True
-        )
+        mount = [*AS_ROOT, "mount", "-t", "tmpfs", "-o", f"size={self._size}", "tmpfs", self.path]
+        mounted = subprocess.run(mount, capture_output=True, text=True)
         if mounted.returncode:
             pytest.skip(f"needs root, to mount a small disk: {mounted.stderr.strip()}")
         return self
 
     def __exit__(self, *_: object) -> None:
-        subprocess.run(["umount", "--lazy", self.path], check=True)
+        subprocess.run([*AS_ROOT, "umount", "--lazy", self.path], check=True)
 
     def fill(self, leave: int = 0) -> None:
         """Take all but `leave` bytes of what is free."""
