@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from rlhf_api.run import PPO, Lora
 from rlhf_pipeline.ppo_trainer import Trainer
 from rlhf_pipeline.roles import Roles
-from rlhf_pipeline.scoring import _of_adapter
+from rlhf_pipeline.scoring import AdapterScore
 
 WARM_UP = 2
 PROMPT_IDS = (5, 50000)
@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="gpt-neox-20b")
     parser.add_argument("--sizes", nargs="+", default=["8:64:64", "16:128:128"], help="prompts:prompt:response")
-    parser.add_argument("--layers", nargs="+", default=["top:11", "all"])
+    parser.add_argument("--layers", nargs="*", default=["top:11", "all"])
     parser.add_argument("--peer", nargs="+", default=["160m"], choices=["160m", "20b", "none"])
     parser.add_argument("--epochs", type=int, nargs="+", default=[1])
     parser.add_argument("--updates", type=int, default=5)
@@ -76,7 +76,7 @@ def with_roles(arguments: argparse.Namespace, layers: str, rates: dict[tuple[str
                 episodes=10**6, batch_size=prompts, micro_batch_size=micro, prompt_tokens=prompt,
                 response_tokens=response, epochs=epochs, missing_eos_penalty=None,
             )  # fmt: skip
-            trainer = Trainer(roles, settings, _of_adapter(roles, 0, micro), eos=0, pad=1, seed=1)
+            trainer = Trainer(roles, settings, AdapterScore(roles, 0, micro), eos=0, pad=1, seed=1)
             found: list[dict[str, float]] = []
             try:
                 for update in range(arguments.updates + WARM_UP):
@@ -91,7 +91,10 @@ def with_roles(arguments: argparse.Namespace, layers: str, rates: dict[tuple[str
                         found.append(metrics)
             except torch.OutOfMemoryError as error:
                 print(f"[ours] {layers} {size} {epochs} epochs: out of memory ({str(error)[:80]})", flush=True)
-                trainer = None  # type: ignore[assignment]
+                found.clear()
+            if not found:  # after the exception, which holds on to the tensors of its frames
+                del trainer
+                roles.model.zero_grad(set_to_none=True)
                 gc.collect()
                 torch.cuda.empty_cache()
                 continue

@@ -36,14 +36,11 @@ def main() -> None:
     rate = matrix_rate()
     print(f"{torch.cuda.get_device_name()}: {rate / 1e12:.0f} TFLOP/s in an 8192-cubed product", flush=True)
     keep_within(arguments.cap)
-    base = big_model(arguments.model)
-    peer = {} if arguments.skip_peer else peft_passes(base, arguments.sizes)
-    if not arguments.skip_peer:
-        del base
-        gc.collect()
-        torch.cuda.empty_cache()
-        base = big_model(arguments.model)
+    peer = {} if arguments.skip_peer else peft_passes(big_model(arguments.model), arguments.sizes)
+    gc.collect()
+    torch.cuda.empty_cache()
     for layers, kept in [("all", kept) for kept in arguments.kept] + [(f"top:{arguments.top}", arguments.top)]:
+        base = big_model(arguments.model)
         roles = Roles(base, Lora(rank=16, alpha=32, layers=layers), critic=False, checkpointing=True, kept_layers=kept)
         for size in arguments.sizes:
             ids, mask = batch(size)
@@ -64,10 +61,9 @@ def main() -> None:
             if size in peer:
                 line += f"; PEFT {peer[size]:.3f} s, ratio {peer[size] / seconds:.2f}"
             print(line, flush=True)
-        del roles, base
+        del roles, base, one, trunk
         gc.collect()
         torch.cuda.empty_cache()
-        base = big_model(arguments.model)
 
 
 def peft_passes(base: Any, sizes: list[str]) -> dict[str, float]:

@@ -68,9 +68,20 @@ def load_base(folder: Path, quantization: Quantization, device: torch.device, cl
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
     model.config.use_cache = False
+    _fuse_gelu(model)
     if quantization.type == "nf4":
         _keep_packing(model)
     return model.requires_grad_(False).eval()
+
+
+def _fuse_gelu(model: nn.Module) -> None:
+    """Compute the tanh form of GELU in one pass. transformers' modules for gelu_new and gelu_fast, which GPT-2 and
+    GPT-NeoX-20B ask for, take seven over the widest tensor of a layer and keep five for the backward pass.
+    """
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__ in ("NewGELUActivation", "FastGELUActivation"):
+                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def _keep_packing(model: nn.Module) -> None:

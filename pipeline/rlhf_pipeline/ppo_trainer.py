@@ -28,7 +28,7 @@ from rlhf_pipeline.losses import (
 )
 from rlhf_pipeline.roles import Role, Roles, Trunk
 from rlhf_pipeline.rollout import Responses, Sampling, rollout
-from rlhf_pipeline.scoring import Score, micro_batches
+from rlhf_pipeline.scoring import AdapterScore, Score, micro_batches
 
 TRAINED: tuple[Role, ...] = ("policy", "critic")
 ADAM_EPSILON = 1e-5  # N+, detail "Adam's epsilon"
@@ -109,11 +109,12 @@ class Trainer:
         # 1. Roll out. The seed depends on the rollout alone, so a resumed run draws what an uninterrupted one does.
         torch.manual_seed(self.seed * 1_000_003 + self.running.rollouts)
         self.roles.activate("policy")
-        responses = rollout(self.roles.model, ids, mask, self.sampling, self.settings.effective_rollout_batch_size)
+        rows, bottom = self.settings.effective_rollout_batch_size, self.roles.bottom
+        responses = rollout(self.roles.model, ids, mask, self.sampling, rows, trunk_layers=bottom)
         _release(ids.device)  # the cache is gone; hand its memory to training
         clock.lap("rollout")
 
-        # 2. Score: the trunk once, then policy, reference, critic and reward from it.
+        # 2. Score: the trunk once, unless sampling has left it, then policy, reference, critic and reward in one pass.
         scored = self._score(responses)
         trunk, logprobs, reference, values, raw = (
             scored.trunk,
@@ -196,23 +197,40 @@ class Trainer:
 
     @torch.no_grad()
     def _score(self, responses: Responses) -> Scored:
-        hidden: list[Tensor] = []
-        columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        roles: list[Role] = ["policy", "reference", "critic"]
+        shared = isinstance(self.score, AdapterScore)  # the reward is read off the same pass as everything else
+        if shared:
+            roles.append("reward")
+        trunks: list[Tensor] = []
+        columns: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
         for part in micro_batches(len(responses.ids), self.settings.micro_batch_size):
-            trunk = self.roles.trunk(responses.ids[part], responses.mask[part])
-            logprobs, entropy = chunked_logprobs_and_entropy(
-                self._before_response(self.roles.hidden("policy", trunk)),
-                responses.response_ids[part],
-                self.roles.logits,
-                self.settings.temperature,
+            trunk = self._trunk(responses, part)
+            hidden = dict(zip(roles, self.roles.hidden_of(roles, trunk), strict=True))
+            (logprobs, entropy), (reference, _) = (
+                chunked_logprobs_and_entropy(
+                    self._before_response(hidden[role]),
+                    responses.response_ids[part],
+                    self.roles.logits,
+                    self.settings.temperature,
+                )
+                for role in ("policy", "reference")
             )
-            reference = self._logprobs("reference", trunk, responses.response_ids[part])
-            columns.append((logprobs, entropy, reference, self._response_values(trunk)))
+            values = self._before_response(self.roles.scalar("critic", hidden["critic"]))
+            raw = self.roles.read_scores(hidden["reward"], trunk, self.sampling.eos) if shared else values.new_empty(0)
+            columns.append((logprobs, entropy, reference, values, raw))
             if trunk.hidden is not None:
-                hidden.append(trunk.hidden)
-        whole = Trunk(responses.ids, responses.mask, torch.cat(hidden) if hidden else None)
-        logprobs, entropy, reference, values = (torch.cat(column) for column in zip(*columns, strict=True))
-        return Scored(whole, logprobs, entropy, reference, values, self.score(whole, responses).float())
+                trunks.append(trunk.hidden)
+        whole = Trunk(responses.ids, responses.mask, torch.cat(trunks) if trunks else None)
+        logprobs, entropy, reference, values, raw = (torch.cat(column) for column in zip(*columns, strict=True))
+        if not shared:
+            raw = self.score(whole, responses).float()
+        return Scored(whole, logprobs, entropy, reference, values, raw)
+
+    def _trunk(self, responses: Responses, part: slice) -> Trunk:
+        ids, mask = responses.ids[part], responses.mask[part]
+        if responses.trunk is None:
+            return self.roles.trunk(ids, mask)
+        return Trunk(ids, mask, responses.trunk[part])
 
     def _values(self, trunk: Trunk, responses: Responses) -> Tensor:
         with torch.no_grad():

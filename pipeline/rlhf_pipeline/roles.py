@@ -4,7 +4,7 @@ With `lora.layers: top:k` the adapters sit on the top k layers, so below them al
 is computed once for a batch (`Roles.trunk`) and every role continues from it (`Roles.hidden`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +122,27 @@ class Roles:
         the adapter that is active at that time.
         """
         self.activate(role)
+        return self._above(trunk)
+
+    @torch.no_grad()
+    def hidden_of(self, roles: Sequence[Role], trunk: Trunk) -> list[Tensor]:
+        """Final hidden states of several roles, without gradients, from one pass over a batch that holds it for each.
+
+        What a layer costs whatever the number of rows, such as dequantising its weights, is paid once.
+        """
+        times = len(roles)
+        hidden = None if trunk.hidden is None else trunk.hidden.repeat(times, 1, 1)
+        try:
+            for layer in self._tuned:
+                layer.groups = tuple(roles)
+            return list(
+                self._above(Trunk(trunk.ids.repeat(times, 1), trunk.mask.repeat(times, 1), hidden)).chunk(times)
+            )
+        finally:
+            for layer in self._tuned:
+                layer.groups = None
+
+    def _above(self, trunk: Trunk) -> Tensor:
         replaced: dict[int, nn.Module] = {}
         if trunk.hidden is not None:
             self._bypasses[self.bottom - 1].inject = trunk.hidden
@@ -150,7 +171,10 @@ class Roles:
 
         eos: a token to pass over, as the reward stage does: it reads at the end of the text proper.
         """
-        hidden = self.hidden("reward", trunk)
+        return self.read_scores(self.hidden("reward", trunk), trunk, eos)
+
+    def read_scores(self, hidden: Tensor, trunk: Trunk, eos: int | None = None) -> Tensor:
+        """The same from the reward adapter's final hidden states: (batch, sequence, width) -> (batch,)."""
         real = trunk.mask if eos is None else trunk.mask & (trunk.ids != eos)
         last = real.shape[1] - 1 - real.long().flip(-1).argmax(-1)
         return self.scalar("reward", hidden[torch.arange(len(last), device=last.device), last])

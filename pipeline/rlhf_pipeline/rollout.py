@@ -11,6 +11,7 @@ from torch import Tensor
 from rlhf_pipeline.decode.decoder import Decoder, Session, Unknown, decoder_of, forget
 from rlhf_pipeline.decode.nf4_gemm import MAX_ROWS
 from rlhf_pipeline.losses import truncate_at_eos
+from rlhf_pipeline.models import stack_of
 from rlhf_pipeline.roles import positions_of
 
 STOP_CHECK_STEPS = 16  # on CUDA, asking whether all have ended waits for the device: ask this seldom
@@ -37,6 +38,7 @@ class Responses:
     mask: Tensor  # the same shape, true where a token is real
     prompt_tokens: int
     ended: Tensor  # (batch,), whether there was an EOS
+    trunk: Tensor | None = None  # (batch, prompt + response, width), input of a layer, where sampling has kept it
 
     @property
     def response_ids(self) -> Tensor:
@@ -50,20 +52,28 @@ class Responses:
 
 
 @torch.no_grad()
-def rollout(model: Any, ids: Tensor, mask: Tensor, sampling: Sampling, rows: int | None = None) -> Responses:
+def rollout(
+    model: Any, ids: Tensor, mask: Tensor, sampling: Sampling, rows: int | None = None, trunk_layers: int = 0
+) -> Responses:
     """Sample a response to each prompt from `model` with its active adapter, `rows` prompts at a time.
 
     ids, mask: (batch, prompt), padded on the left. Draws from PyTorch's global generator of the device: seed it first.
-    The cache lives only as long as this call.
+    trunk_layers: also keep what comes out of so many layers, where the fused step decodes. The cache lives only as long
+    as this call.
     """
-    parts = [
-        _Decoder(model, i, m, sampling).run()
+    decoders = [
+        _Decoder(model, i, m, sampling, trunk_layers).run()
         for i, m in zip(ids.split(rows or len(ids)), mask.bool().split(rows or len(ids)), strict=True)
     ]
-    raw = torch.cat(parts)
+    raw = torch.cat([response for response, _ in decoders])
+    trunks = [trunk for _, trunk in decoders if trunk is not None]
     response, real, ended = truncate_at_eos(raw, sampling.eos, sampling.pad)
     return Responses(
-        torch.cat([ids, response], 1), torch.cat([mask.bool(), real], 1), prompt_tokens=ids.shape[1], ended=ended
+        torch.cat([ids, response], 1),
+        torch.cat([mask.bool(), real], 1),
+        prompt_tokens=ids.shape[1],
+        ended=ended,
+        trunk=torch.cat(trunks) if len(trunks) == len(decoders) else None,
     )
 
 
@@ -83,10 +93,11 @@ def sample(logits: Tensor, temperature: float, top_p: float) -> Tensor:
 class _Decoder:
     """One batch from prefill to the last token."""
 
-    def __init__(self, model: Any, ids: Tensor, mask: Tensor, sampling: Sampling) -> None:
+    def __init__(self, model: Any, ids: Tensor, mask: Tensor, sampling: Sampling, trunk_layers: int = 0) -> None:
         from transformers import DynamicCache, StaticCache
 
         self.model, self.ids, self.prompt_mask, self.sampling = model, ids, mask, sampling
+        self.trunk_layers = trunk_layers
         batch, prompt = ids.shape
         total = prompt + sampling.response_tokens
         config = model.config.get_text_config()
@@ -115,12 +126,17 @@ class _Decoder:
             [], [], (prompt - mask.sum(-1)).int(), torch.full_like(self.position[:, 0], prompt).int()
         )
 
-    def run(self) -> Tensor:
-        """Token ids of the responses, (batch, response), PAD after EOS."""
-        self._prefill()
+    def run(self) -> tuple[Tensor, Tensor | None]:
+        """Token ids of the responses, (batch, response), PAD after EOS; and the trunk, where it is kept."""
+        seen = self._prefill()
         steps = self.sampling.response_tokens - 1
         if self.capturable and steps > 0:
             self.fused = self._fused()
+        if self.fused and seen is not None:
+            # Zeros where nothing is ever written: what attention passes over must still be a number.
+            self.session.trunk = seen.new_zeros(*self.real.shape, seen.shape[-1])
+            self.session.trunk[:, : self.ids.shape[1]] = seen
+            self.session.trunk_layers = self.trunk_layers
         cuda = self.ids.is_cuda
         step: Callable[[], None] = self._step
         if self.capturable and steps > 2 * WARMUP_STEPS:
@@ -129,10 +145,18 @@ class _Decoder:
             if (not cuda or index % STOP_CHECK_STEPS == 0) and bool(self.finished.all()):
                 break
             step()
-        return self.out
+        if self.fused and self.session.trunk is not None:
+            self.fused.step(self.token[:, 0], self.session, trunk_only=True)  # of the token drawn last
+        return self.out, self.session.trunk
 
-    def _prefill(self) -> None:
+    def _prefill(self) -> Tensor | None:
+        """Fill the cache and draw the first token. Returns the prompts' trunk, if any is wanted."""
         prompt = self.ids.shape[1]
+        seen: list[Tensor] = []
+        layers = stack_of(self.model).layers
+        hook = layers[self.trunk_layers].register_forward_pre_hook(
+            lambda _, given, named: seen.append(given[0] if given else named["hidden_states"]), with_kwargs=True
+        )
         causal = torch.ones(prompt, self.real.shape[1], dtype=torch.bool, device=self.ids.device).tril()
         # A query on padding attends to itself: a row without any key would be NaN and spread through the cache.
         own = torch.eye(prompt, self.real.shape[1], dtype=torch.bool, device=self.ids.device)
@@ -145,7 +169,9 @@ class _Decoder:
             use_cache=True,
             logits_to_keep=1,
         )
+        hook.remove()
         self._emit(output.logits[:, -1], torch.zeros_like(self.slot))
+        return seen[0] if self.trunk_layers else None
 
     def _step(self) -> None:
         # The token drawn last goes into the cache at `slot`, and may be attended to from now on.

@@ -1,6 +1,7 @@
 """The run's reward as one function of a scored batch, whatever kind it is: adapter, classifier or function."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,26 @@ Score = Callable[[Trunk, Responses], Tensor]
 """Raw score of each response: (batch,), float32."""
 
 
+@dataclass(frozen=True)
+class AdapterScore:
+    """The score of the reward adapter on the same base as the policy, read at the last token before EOS."""
+
+    roles: Roles
+    eos: int
+    micro_batch_size: int
+
+    @torch.no_grad()
+    def __call__(self, trunk: Trunk, _: Responses) -> Tensor:
+        parts = micro_batches(len(trunk.ids), self.micro_batch_size)
+        return torch.cat([self.roles.scores(trunk.rows(part), self.eos) for part in parts])
+
+
 def load_score(folder: Path, roles: Roles, tokenizer: Any, micro_batch_size: int) -> tuple[Score, RewardCard]:
     """The reward of a reward-model artifact. An adapter joins `roles`; nothing else needs a second model in memory."""
     text_reward = load_reward(folder, roles.device)
     if text_reward is None:
         roles.add_reward(folder)
-        return _of_adapter(roles, tokenizer.eos_token_id, micro_batch_size), RewardCard.load(folder)
+        return AdapterScore(roles, tokenizer.eos_token_id, micro_batch_size), RewardCard.load(folder)
     return _of_texts(text_reward, tokenizer), RewardCard.load(folder)
 
 
@@ -39,15 +54,6 @@ def texts_of(tokenizer: Any, responses: Responses) -> tuple[list[str], list[str]
         prompts.append(tokenizer.decode(prompt, skip_special_tokens=True))
         answers.append(tokenizer.decode(answer, skip_special_tokens=True))
     return prompts, answers
-
-
-def _of_adapter(roles: Roles, eos: int, micro_batch_size: int) -> Score:
-    def score(trunk: Trunk, responses: Responses) -> Tensor:
-        with torch.no_grad():
-            parts = micro_batches(len(responses.ids), micro_batch_size)
-            return torch.cat([roles.scores(trunk.rows(part), eos) for part in parts])
-
-    return score
 
 
 def _of_texts(reward: TextReward, tokenizer: Any) -> Score:

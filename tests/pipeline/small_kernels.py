@@ -1,10 +1,23 @@
-"""Run by test_decode.py with TRITON_INTERPRET=1: the small kernels of a decode step against plain torch, on a CPU."""
+"""Run by test_decode.py with TRITON_INTERPRET=1: a decode step's small kernels against plain torch, and whole steps,
+with the trunk that they keep, against the model's own forward, in float32 on a CPU.
+"""
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
 
 import torch
+from tiny import EOS, PAD, VOCABULARY, build_tiny_model
 from torch import Tensor
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
+from rlhf_api.run import Lora, Quantization
+from rlhf_pipeline.decode import decoder as decoders
 from rlhf_pipeline.decode.step_kernels import add_norm_kernel, attend_kernel, gated_kernel, low_rank_kernel
+from rlhf_pipeline.models import load_base
+from rlhf_pipeline.roles import Roles
+from rlhf_pipeline.rollout import Sampling, _Decoder
 
 
 def close(got: Tensor, expected: Tensor, what: str) -> None:
@@ -70,8 +83,55 @@ def gated() -> None:
     close(out, gate * up, "gate")
 
 
+def steps() -> None:
+    decoders._unfit = lambda _: None  # type: ignore[attr-defined,assignment]
+    for family in ("gpt_neox", "llama", "qwen2", "qwen3"):
+        with tempfile.TemporaryDirectory() as folder:
+            path = build_tiny_model(Path(folder), family, hidden=64)  # type: ignore[arg-type]
+            model = load_base(path, Quantization(type="none"), torch.device("cpu"))
+        torch.manual_seed(0)
+        roles = Roles(model, Lora(rank=4, layers="top:2", target_modules="all-linear"), critic=False)
+        for parameter in roles.parameters("policy"):
+            parameter.data.normal_(0, 0.1)
+        roles.activate("policy")
+        ids = torch.randint(2, VOCABULARY, (5, 9))
+        mask = torch.arange(9)[None] >= (torch.arange(5) % 8)[:, None]
+        ids = ids.masked_fill(~mask, PAD)
+        with torch.no_grad():
+            whole(roles, _Decoder(model, ids, mask, Sampling(6, EOS, PAD, temperature=0), roles.bottom), family)
+
+
+def whole(roles: Roles, ours: Any, family: str) -> None:
+    """Six tokens by fused steps, each held against the model's own; then the trunk against the layers below."""
+    seen = ours._prefill()
+    ours.fused = decoders.decoder_of(ours.model)
+    assert ours.fused, family
+    ours.fused.prepare(len(ours.ids))
+    ours.session.keys = [layer.keys for layer in ours.cache.layers]
+    ours.session.values = [layer.values for layer in ours.cache.layers]
+    ours.session.trunk = seen.new_zeros(*ours.real.shape, seen.shape[-1])
+    ours.session.trunk[:, : ours.ids.shape[1]] = seen
+    ours.session.trunk_layers = roles.bottom
+    for _ in range(5):
+        restore = ours._keep()
+        own = ours._own_logits()
+        restore()
+        fused = ours.fused.step(ours.token[:, 0], ours.session)
+        torch.testing.assert_close(fused, own, rtol=1e-4, atol=1e-4 * float(own.abs().max()))
+        restore()
+        ours._own_logits()  # so that its own cache and mask move on, too
+        ours._step()
+    ours.fused.step(ours.token[:, 0], ours.session, trunk_only=True)
+    sequence = torch.cat([ours.ids, ours.out], 1)
+    real = torch.cat([ours.prompt_mask, ours.out >= 0], 1)
+    expected = roles.trunk(sequence, real).hidden
+    assert expected is not None
+    torch.testing.assert_close(ours.session.trunk[real], expected[real], rtol=1e-3, atol=1e-4)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
-    for check in (add_norm, attend, low_rank, gated):
+    logging.disable()
+    for check in (add_norm, attend, low_rank, gated, steps):
         check()
         print(check.__name__)

@@ -5,6 +5,7 @@ or whose first step differs from the model's own forward, is decoded by that for
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -44,8 +45,9 @@ class Unknown(Exception):
 class Linear:
     """A linear layer of the model, its 4-bit weight if it has one, and the adapter that is active on it."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         self.tuned = module if hasattr(module, "lora_A") else None
+        self.dtype = dtype
         self.base: Any = module.base_layer if self.tuned is not None else module
         self.weight = Nf4Weight.of(self.base)
         self.out, self.inner = int(self.base.out_features), int(self.base.in_features)
@@ -53,7 +55,7 @@ class Linear:
         self.tile: Tile | None = None  # None: the layer's own product
 
     def take_adapter(self) -> None:
-        """Copy the active adapter's matrices in bfloat16, the scale in the second, into buffers that stay in place."""
+        """Copy the active adapter's matrices, the scale in the second, into buffers that stay in place."""
         if self.tuned is None:
             return
         tuned: Any = self.tuned
@@ -63,7 +65,7 @@ class Linear:
         if self.low_rank is None:
             rank = max(a.weight.shape[0] for a in tuned.lora_A.values())
             padded = -(-rank // RANK_STEP) * RANK_STEP
-            like = {"dtype": torch.bfloat16, "device": next(iter(tuned.lora_A.values())).weight.device}
+            like = {"dtype": self.dtype, "device": next(iter(tuned.lora_A.values())).weight.device}
             self.low_rank = LowRank(torch.zeros(padded, self.inner, **like), torch.zeros(self.out, padded, **like))
         if not active:
             self.low_rank.up.zero_()  # the buffers stay: a captured graph reads them
@@ -124,6 +126,8 @@ class Session:
     values: list[Tensor]
     first: Tensor  # (rows,) int32: the row's first real slot
     slot: Tensor  # (rows,) int32: where the next token goes; the caller moves it on
+    trunk: Tensor | None = None  # (rows, slots, width): what comes out of `trunk_layers` layers is kept here
+    trunk_layers: int = 0
 
 
 @dataclass
@@ -188,26 +192,33 @@ class Decoder:
         return new
 
     @torch.no_grad()
-    def step(self, token: Tensor, session: Session) -> Tensor:
+    def step(self, token: Tensor, session: Session, trunk_only: bool = False) -> Tensor:
         """Put each row's token into the cache at its slot and give the next one's logits: (rows, vocabulary).
 
-        token: (rows,). Capturable in a CUDA graph.
+        token: (rows,). trunk_only: end where the trunk does, and return that. Capturable in a CUDA graph.
         """
         x = self.model.get_input_embeddings()(token)
         first: Tensor | None = None
         second: Tensor | None = None
         for index, layer in enumerate(self.layers):
+            other = layer.mlp_norm if layer.parallel else None
+            x, normed, mlp_input = self._add_norms(x, first, second, layer.attention_norm, other)
+            if session.trunk is not None and index == session.trunk_layers:
+                session.trunk[self._rows(x), session.slot.long()] = x
+                if trunk_only:
+                    return x
             if layer.parallel:
-                x, normed, mlp_input = self._add_norms(x, first, second, layer.attention_norm, layer.mlp_norm)
                 second = self._attend(layer, index, normed, session)
                 first = _mlp(layer, mlp_input)
             else:
-                x, normed, _ = self._add_norms(x, first, second, layer.attention_norm)
                 attended = self._attend(layer, index, normed, session)
                 x, mlp_input, _ = self._add_norms(x, attended, None, layer.mlp_norm)
                 first = _mlp(layer, mlp_input)
         _, normed, _ = self._add_norms(x, first, second, self.norm)
         return vocabulary_logits(self.model, normed)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return torch.arange(len(x), device=x.device)
 
     def _attend(self, layer: Layer, index: int, x: Tensor, session: Session) -> Tensor:
         from rlhf_pipeline.decode.step_kernels import attend_kernel
@@ -279,19 +290,21 @@ _known: "WeakKeyDictionary[Any, tuple[int, Decoder | None]]" = WeakKeyDictionary
 
 def _read(model: Any) -> Decoder:
     config = model.config.get_text_config()
-    if model.dtype != torch.bfloat16:
-        raise Unknown(f"activations in {model.dtype}")
-    if not model.get_input_embeddings().weight.is_cuda:
-        raise Unknown("no CUDA device")
+    if reason := _unfit(model):
+        raise Unknown(reason)
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") not in STATIC_ROPE:
         raise Unknown(f"rotary embeddings of type {rope.get('rope_type')}")
     family = config.model_type
+
+    def linear(module: Any) -> Linear:
+        return Linear(module, model.dtype)
+
     stack = stack_of(model).layers
     if family == "gpt_neox":
-        layers, norm = [_neox(layer, config) for layer in stack], model.gpt_neox.final_layer_norm
+        layers, norm = [_neox(layer, config, linear) for layer in stack], model.gpt_neox.final_layer_norm
     elif family in LLAMA_LIKE:
-        layers, norm = [_llama(layer, config) for layer in stack], model.model.norm
+        layers, norm = [_llama(layer, config, linear) for layer in stack], model.model.norm
     else:
         raise Unknown(f"models of type {family}")
     heads = config.num_attention_heads
@@ -300,33 +313,39 @@ def _read(model: Any) -> Decoder:
     return Decoder(model, layers, Norm.of(norm), heads, key_heads, size, 0, size**-0.5)
 
 
-def _neox(layer: Any, config: Any) -> Layer:
+def _unfit(model: Any) -> str | None:
+    if not model.get_input_embeddings().weight.is_cuda:
+        return "no CUDA device"
+    return None if model.dtype == torch.bfloat16 else f"activations in {model.dtype}"
+
+
+def _neox(layer: Any, config: Any, linear: Callable[[Any], Linear]) -> Layer:
     return Layer(
         Norm.of(layer.input_layernorm),
         Norm.of(layer.post_attention_layernorm),
-        (Linear(layer.attention.query_key_value),),
-        Linear(layer.attention.dense),
+        (linear(layer.attention.query_key_value),),
+        linear(layer.attention.dense),
         None,
         None,
-        Linear(layer.mlp.dense_h_to_4h),
-        Linear(layer.mlp.dense_4h_to_h),
+        linear(layer.mlp.dense_h_to_4h),
+        linear(layer.mlp.dense_4h_to_h),
         _activation(config.hidden_act),
         layer.use_parallel_residual,
     )
 
 
-def _llama(layer: Any, config: Any) -> Layer:
+def _llama(layer: Any, config: Any, linear: Callable[[Any], Linear]) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     normed = hasattr(attention, "q_norm")
     return Layer(
         Norm.of(layer.input_layernorm),
         Norm.of(layer.post_attention_layernorm),
-        (Linear(attention.q_proj), Linear(attention.k_proj), Linear(attention.v_proj)),
-        Linear(attention.o_proj),
+        (linear(attention.q_proj), linear(attention.k_proj), linear(attention.v_proj)),
+        linear(attention.o_proj),
         (Norm.of(attention.q_norm), Norm.of(attention.k_norm)) if normed else None,
-        Linear(mlp.gate_proj),
-        Linear(mlp.up_proj),
-        Linear(mlp.down_proj),
+        linear(mlp.gate_proj),
+        linear(mlp.up_proj),
+        linear(mlp.down_proj),
         _activation(config.hidden_act),
         parallel=False,
     )
