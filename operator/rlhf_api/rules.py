@@ -4,6 +4,7 @@ A rule holds or it does not. Python then says which value breaks it and which wo
 In CEL, `self` is the spec with its defaults filled in, and a field named as a CEL keyword is written `__function__`.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -11,6 +12,8 @@ from typing import Any, Final
 from rlhf_api.budget import ModelShape
 from rlhf_api.names import STAGE_NAMES
 from rlhf_api.run import Data, PreferenceData, RunSpec
+
+NO_BUCKET: Final = "([0-9]+([.][0-9]+){3}|.*-s3alias|.*--ol-s3)"  # of the right form, and yet none for S3
 
 
 @dataclass(frozen=True)
@@ -390,6 +393,16 @@ RULES: Final[tuple[Rule, ...]] = (
         lambda spec: spec.gpu.count <= 1,
         "self.gpu.count <= 1",
         lambda spec: f"{spec.gpu.count} is more than this release can use; use 1, or 0 for the CPU",
+    ),
+    Rule(
+        "objectStore.bucket",
+        "must be no IP address, nor end in -s3alias or --ol-s3",
+        lambda spec: re.fullmatch(NO_BUCKET, spec.object_store.bucket or "") is None,
+        f"!has(self.objectStore.bucket) || !self.objectStore.bucket.matches('^{NO_BUCKET}$')",
+        lambda spec: (
+            f"{spec.object_store.bucket} is an IP address, or ends in -s3alias or --ol-s3, which S3 keeps for itself; "
+            "use another bucket"
+        ),
     ),
     *(make(name) for make in (_table_source, _table_revision, _table_split, _rows) for name in TABLES),
     _about_table(

@@ -29,6 +29,18 @@ ColumnName = Annotated[str, Field(min_length=1, max_length=256)]
 Modules = Annotated[list[ColumnName], Field(min_length=1, max_length=64)]
 # `module:callable`, importable in the stage's process.
 Callable_ = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", max_length=256)]
+# What S3 takes as a bucket, but for IP addresses, which a rule refuses.
+Bucket = Annotated[
+    str, Field(pattern=r"^[a-z0-9]+(-+[a-z0-9]+)*(\.[a-z0-9]+(-+[a-z0-9]+)*)*$", min_length=3, max_length=63)
+]
+# Nothing that a URL reads as its end, and no `.` or `..`, which S3's clients refuse.
+Prefix = Annotated[
+    str, Field(pattern=r"^([A-Za-z0-9_=-][A-Za-z0-9_.=-]*(/[A-Za-z0-9_=-][A-Za-z0-9_.=-]*)*/?)?$", max_length=256)
+]
+Endpoint = Annotated[
+    str,
+    Field(pattern=r"^https?://([A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\])(:[1-9][0-9]{0,4})?/?$", max_length=256),
+]
 
 
 class Section(BaseModel):
@@ -331,9 +343,11 @@ class Placement(Section):
 class ObjectStore(Section):
     """Where artifacts live. Defaults come from the chart, or from the command line."""
 
-    bucket: Name | None = Field(None, description="Bucket.")
-    prefix: Name | None = Field(None, description="Key prefix inside the bucket.")
-    endpoint: Name | None = Field(None, description="S3 endpoint URL.")
+    bucket: Bucket | None = Field(None, description="Bucket: lower-case letters, digits, dots and hyphens, 3 to 63.")
+    prefix: Prefix | None = Field(
+        None, description="Key prefix inside the bucket: folders of letters, digits and _=-. that begin with no dot."
+    )
+    endpoint: Endpoint | None = Field(None, description="S3 endpoint: http://host:port or https://host:port.")
     credentials_secret: Name | None = Field(None, description="Secret with the access and the secret key.")
 
 

@@ -56,6 +56,8 @@ class S3Objects:
             raise StoreError(f"{store.url}: no credentials; set {ENV_ACCESS_KEY} and {ENV_SECRET_KEY}")
         url = urlsplit(store.url)
         prefix = url.path.strip("/")
+        if url.query or url.fragment:
+            raise UserError(f"{store.url}: no prefix of a store has ? or # in it; choose another")
         endpoint = store.endpoint or "https://s3.amazonaws.com"
         server = urlsplit(endpoint)
         if server.scheme not in ("http", "https") or not server.netloc or server.path.strip("/"):
@@ -248,6 +250,8 @@ class S3Objects:
             yield
         except S3Error as error:
             raise StoreError(f"store {self.url}, {key}: {self._remedy(error)}") from error
+        except ValueError as error:  # the client itself refuses a name
+            raise UserError(f"store {self.url}, {key}: {error}; choose another bucket or prefix") from error
         except (MinioException, HTTPError) as error:
             reason = str(error).split("(Caused by ")[-1].rstrip(")")
             raise StoreError(

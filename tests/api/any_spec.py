@@ -3,12 +3,21 @@
 from typing import Any
 
 from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from rlhf_api.run import ObjectStore
 
 sizes = st.sampled_from([1, 2, 3, 4, 6, 8, 16, 48, 64])
 maybe = st.sampled_from([None, 1, 2, 3, 8, 16, 64])
 fractions = st.sampled_from([0, 0.05, 0.5, 1])
 rows = st.sampled_from([None, "0%:70%", "70%:100%", "70%:70%", "90%:10%", "50%:101%", "100%:999%"])
 sources = st.sampled_from(["hf://datasets/a/b", "hf://a/b", "file:///a.csv", "package://a/b.csv"])
+places = {
+    "bucket": st.text("ab1.-_A", min_size=1, max_size=7) | st.sampled_from(["rlhf", "10.0.0.1", "my-s3alias"]),
+    "prefix": st.text("a/.=-_?#%", max_size=6),
+    "endpoint": st.sampled_from(["http://minio:9000", "https://s3.example.com/", "http://[::1]:9000", "http://a.b"]),
+    "credentialsSecret": st.just("mine"),
+}
 kl = st.sampled_from([None, 1.0, 199.5, 200.0, 300.0])
 
 
@@ -18,6 +27,22 @@ def tables(draw: st.DrawFn, columns: tuple[str, ...] = ()) -> dict[str, Any]:
     table |= {"revision": draw(st.sampled_from([None, "main"])), "split": draw(st.sampled_from(["train", "test"]))}
     chosen = draw(st.lists(st.sampled_from(columns), unique=True)) if columns else []
     return table | dict.fromkeys(chosen, "x")
+
+
+@st.composite
+def stores(draw: st.DrawFn) -> dict[str, str]:
+    """Places for artifacts, of which each field is right by itself."""
+    return {
+        name: value for name, value in draw(st.fixed_dictionaries({}, optional=places)).items() if _right(name, value)
+    }
+
+
+def _right(field: str, value: str) -> bool:
+    try:
+        ObjectStore.model_validate({field: value})
+    except ValidationError:
+        return False
+    return True
 
 
 @st.composite
@@ -60,5 +85,6 @@ def specs(draw: st.DrawFn) -> dict[str, Any]:
         "evaluate": {"scorers": draw(st.lists(scorer, max_size=3))},
         "gpu": {"count": draw(st.integers(0, 2))},
         "placement": {"stagePodTemplates": draw(st.sampled_from([{}, {"ppo": {}}, {"dpo": {}}]))},
+        "objectStore": draw(stores()),
         "forkFrom": draw(st.sampled_from([None, {"run": "a", "stage": "sft"}, {"run": "a", "stage": "reward"}])),
     }

@@ -3,17 +3,35 @@
 import tempfile
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from any_spec import specs
+from any_spec import specs, stores
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from minio.helpers import check_bucket_name, check_object_name
 from small_world import World
 
 from rlhf_api.errors import FailureClass
+from rlhf_api.names import ENV_ACCESS_KEY, ENV_SECRET_KEY
 from rlhf_api.rules import problems
-from rlhf_api.run import RunSpec
+from rlhf_api.run import ObjectStore, RunSpec
+from rlhf_operator.operator_settings import OperatorSettings
+from rlhf_store.s3_objects import S3Objects
 
 ENDS: list[FailureClass | None] = [None, None, None, "user", "gate", "outOfMemory", "infrastructure", "bug"]
+
+
+@given(store=stores())
+@settings(max_examples=300)
+def test_the_client_takes_every_store_that_a_spec_may_name(store: dict[str, str]) -> None:
+    spec = {"model": {"source": "hf://a/b"}, "data": {"prompts": {"source": "file:///a.csv"}}, "objectStore": store}
+    if any(problem.path.startswith("objectStore") for problem in problems(RunSpec.model_validate(spec))):
+        return
+    place = OperatorSettings(image="pipeline:1", prefix="runs").store_of(ObjectStore.model_validate(store))
+    objects = S3Objects.from_environment(place, {ENV_ACCESS_KEY: "a", ENV_SECRET_KEY: "b"})
+    check_bucket_name(urlsplit(place.url).netloc)
+    check_object_name(f"{objects.url.removeprefix('s3://').partition('/')[2]}key")
+    assert objects.url.rstrip("/") == place.url
 
 
 @given(spec=specs(), ends=st.lists(st.sampled_from(ENDS), max_size=12))

@@ -185,3 +185,21 @@ def old_store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def test_a_store_that_cannot_decide_races_is_refused(old_store: StoreConfig) -> None:
     with pytest.raises(StoreError, match="ignores If-None-Match on PUT"):
         commit(open_artifacts(old_store))
+
+
+@pytest.mark.parametrize("url", ["s3://ab", "s3://a..b/x", "s3://10.0.0.1/x", "s3://runs-s3alias", "s3://rlhf/a/../b"])
+def test_a_name_that_no_client_takes_is_the_users(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in (ENV_ACCESS_KEY, ENV_SECRET_KEY):
+        monkeypatch.setenv(variable, "any-keys")
+    artifacts = open_artifacts(StoreConfig(url=url, endpoint="http://127.0.0.1:1"))
+    for operation in (lambda: artifacts.find(REF), lambda: commit(artifacts)):
+        with pytest.raises(UserError, match=rf"store {url}.*choose another bucket or prefix"):
+            operation()
+
+
+@pytest.mark.parametrize("url", ["s3://rlhf/a?b", "s3://rlhf/a#b"])
+def test_a_prefix_that_a_url_would_cut_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in (ENV_ACCESS_KEY, ENV_SECRET_KEY):
+        monkeypatch.setenv(variable, "any-keys")
+    with pytest.raises(UserError, match=r"no prefix of a store has \? or #"):
+        open_artifacts(StoreConfig(url=url))
