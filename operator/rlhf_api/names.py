@@ -20,6 +20,7 @@ ANNOTATION_DIGEST: Final = f"{GROUP}/digest"  # of the artifact that a Job makes
 ANNOTATION_ASKED: Final = f"{GROUP}/asked-at"  # Unix time at which the run was asked for when the Job was created
 FINALIZER: Final = f"{GROUP}/artifacts"  # of a run whose artifacts are deleted with it
 ANNOTATION_STOPPED: Final = f"{GROUP}/stopped-at"  # on a Job that was told to stop
+ANNOTATION_OUTCOME: Final = f"{GROUP}/outcome"  # on a Job whose pod ended without an artifact: how, as JSON
 
 # What every Job and pod of a stage carries, besides the run, the stage and the attempt.
 OPERATOR_NAME: Final = "rlhf-operator"

@@ -1,4 +1,7 @@
-"""The attempts that a run's Jobs and their pods amount to: what the plan observes of a cluster. No I/O."""
+"""The attempts that a run's Jobs and their pods amount to: what the plan observes of a cluster. No I/O.
+
+A pod may be gone at any look, with all that it said. So how one ended is kept on its Job when it is first seen.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
@@ -8,6 +11,7 @@ from pydantic import ValidationError
 from rlhf_api.names import (
     ANNOTATION_ASKED,
     ANNOTATION_DIGEST,
+    ANNOTATION_OUTCOME,
     ANNOTATION_STOPPED,
     EXIT_INTERRUPTED,
     EXIT_OUT_OF_MEMORY,
@@ -15,6 +19,7 @@ from rlhf_api.names import (
     LABEL_STAGE,
     STAGE_CONTAINER,
 )
+from rlhf_api.run import Section
 from rlhf_api.stage import Progress, StageFailure, StageResult
 from rlhf_operator.conditions import Hold, unix_time
 from rlhf_operator.plan import Attempt
@@ -32,9 +37,19 @@ BLOCKED: Final = (
     "CreateContainerError",
     "RunContainerError",
 )
+ENDED: Final = ("Succeeded", "Failed")  # phases of a pod
 NO_POD_SECONDS: Final = 15.0  # after a Job began, in which it would have made its pod
 LOST_SECONDS: Final = 60.0  # after a pod should have been gone: its node does not answer
 MAX_LAST_LINES: Final = 600  # characters of a log's end that a message quotes
+
+
+class Outcome(Section):
+    """How the pod of an attempt ended, as its Job keeps it."""
+
+    pod: str
+    """Its uid: a queue may give one Job several pods, one after the other."""
+    exit_code: int | None = None
+    result: StageResult | None = None
 
 
 def attempts_of(
@@ -44,10 +59,7 @@ def attempts_of(
 
     Jobs of another maker, without the labels of a stage, are left out.
     """
-    by_job: dict[str, list[Document]] = {}
-    for pod in pods:
-        for owner in pod["metadata"].get("ownerReferences", []):
-            by_job.setdefault(owner["uid"], []).append(pod)
+    by_job = _by_job(pods)
     found: dict[str, list[Attempt]] = {}
     for job in jobs:
         labels = job["metadata"].get("labels", {})
@@ -58,11 +70,29 @@ def attempts_of(
     return {stage: sorted(made, key=lambda attempt: attempt.number) for stage, made in found.items()}
 
 
+def outcomes_to_keep(jobs: Iterable[Document], pods: Iterable[Document], now: float) -> list[tuple[Document, str]]:
+    """Each Job whose pod has ended, with what its annotation should say of that: nothing that it says already.
+
+    Nothing either of what is known without the pod: a success by its artifact, that one was told to stop by the Job.
+    """
+    by_job = _by_job(pods)
+    found = [(job, _outcome_to_keep(job, by_job.get(job["metadata"]["uid"], []), now)) for job in jobs]
+    return [(job, outcome.model_dump_json(by_alias=True, exclude_none=True)) for job, outcome in found if outcome]
+
+
 def container_ended(pod: Document, name: str) -> Document | None:
     """The `terminated` state of one container of a pod; None while it has not ended."""
     statuses: list[Document] = pod.get("status", {}).get("containerStatuses") or []
     state: Document = next((each.get("state", {}) for each in statuses if each["name"] == name), {})
     return state.get("terminated")
+
+
+def _by_job(pods: Iterable[Document]) -> dict[str, list[Document]]:
+    found: dict[str, list[Document]] = {}
+    for pod in pods:
+        for owner in pod["metadata"].get("ownerReferences", []):
+            found.setdefault(owner["uid"], []).append(pod)
+    return found
 
 
 def _attempt(
@@ -107,8 +137,7 @@ def _ended(job: Document, has_pods: bool) -> float | None:
 
 def _stopped_before_it_ran(job: Document, pods: Sequence[Document]) -> bool:
     """Told to stop while a queue held the Job back: its deadline, which would end it, does not run then."""
-    stopped = ANNOTATION_STOPPED in job["metadata"].get("annotations", {})
-    return stopped and bool(job["spec"].get("suspend")) and not pods
+    return _stopped(job) and bool(job["spec"].get("suspend")) and not pods
 
 
 def _is_alive(pod: Document, now: float) -> bool:
@@ -116,14 +145,16 @@ def _is_alive(pod: Document, now: float) -> bool:
     due = pod["metadata"].get("deletionTimestamp")
     if due and now > unix_time(due) + LOST_SECONDS:
         return False
-    return pod.get("status", {}).get("phase") not in ("Succeeded", "Failed")
+    return pod.get("status", {}).get("phase") not in ENDED
 
 
 def _outcome(job: Document, pods: Sequence[Document], stage: str) -> tuple[int | None, StageResult | None]:
     """Exit code and result of an attempt that ended; both None if it was told to stop, or succeeded unseen."""
-    newest = max(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")), default=None)
+    newest, kept = _newest(pods), _kept(job)
+    if kept is not None and (newest is None or newest["metadata"]["uid"] == kept.pod):
+        return kept.exit_code, kept.result
     ended = _terminated(newest) if newest else None
-    stopped = ANNOTATION_STOPPED in job["metadata"].get("annotations", {})
+    stopped = _stopped(job)
     if ended is not None:
         code, text = int(ended["exitCode"]), str(ended.get("message") or "")
         result = _result(text)
@@ -138,6 +169,38 @@ def _outcome(job: Document, pods: Sequence[Document], stage: str) -> tuple[int |
     if stopped or _condition(job, "Complete"):
         return None, None
     return None, _failed(stage, "infrastructure", _loss(job, newest))
+
+
+def _outcome_to_keep(job: Document, pods: Sequence[Document], now: float) -> Outcome | None:
+    newest, kept = _newest(pods), _kept(job)
+    if newest is None or any(_is_alive(pod, now) for pod in pods):
+        return None
+    if kept is not None and kept.pod == newest["metadata"]["uid"]:
+        return None
+    # The Job says so later than its pod, and may do so when that is gone. A pod whose node is lost may yet come back.
+    over = newest.get("status", {}).get("phase") in ENDED or _ended(job, True) is not None
+    if not over or job["spec"].get("suspend"):  # a queue that took its pod back will give it another one
+        return None
+    code, result = _outcome(job, pods, job["metadata"]["labels"][LABEL_STAGE])
+    told_to_stop = _stopped(job) and code == EXIT_INTERRUPTED
+    if (result is None and code is None) or (result is not None and result.artifact is not None) or told_to_stop:
+        return None
+    return Outcome(pod=newest["metadata"]["uid"], exit_code=code, result=result)
+
+
+def _newest(pods: Sequence[Document]) -> Document | None:
+    return max(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")), default=None)
+
+
+def _kept(job: Document) -> Outcome | None:
+    try:
+        return Outcome.model_validate_json(job["metadata"].get("annotations", {}).get(ANNOTATION_OUTCOME, ""))
+    except ValidationError:  # there is none, or another version wrote it
+        return None
+
+
+def _stopped(job: Document) -> bool:
+    return ANNOTATION_STOPPED in job["metadata"].get("annotations", {})
 
 
 def _without_result(

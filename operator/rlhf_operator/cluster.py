@@ -7,6 +7,7 @@ from typing import Final
 import urllib3
 
 from rlhf_api.names import (
+    ANNOTATION_OUTCOME,
     ANNOTATION_STOPPED,
     API_VERSION,
     GROUP,
@@ -65,16 +66,11 @@ class KubernetesCluster:
 
         Suspending it instead would let a queue such as Kueue admit, and so start, it again.
         """
-        self._may_write()
-        patch = {
-            "metadata": {"annotations": {ANNOTATION_STOPPED: stamp(now)}},
-            "spec": {"activeDeadlineSeconds": 1},
-        }
-        try:
-            stopped = self._api.request("PATCH", _path_of("job", job), patch)
-        except NotFound:
-            return
-        self._seen.put("job", stopped)
+        stopped = {ANNOTATION_STOPPED: stamp(now)}
+        self._patch_job(job, {"metadata": {"annotations": stopped}, "spec": {"activeDeadlineSeconds": 1}})
+
+    def keep_outcome(self, job: Document, outcome: str) -> None:
+        self._patch_job(job, {"metadata": {"annotations": {ANNOTATION_OUTCOME: outcome}}})
 
     def write_status(self, run: Document, patch: Document) -> None:
         self._may_write()
@@ -137,6 +133,14 @@ class KubernetesCluster:
         if not address or container_ended(pod, STAGE_CONTAINER):
             return None
         return progress_from(self._pods, address, stage)
+
+    def _patch_job(self, job: Document, patch: Document) -> None:
+        self._may_write()
+        try:
+            patched = self._api.request("PATCH", _path_of("job", job), patch)
+        except NotFound:
+            return
+        self._seen.put("job", patched)
 
     def list_all(self, kind: Kind) -> list[Key]:
         """Read every object of a kind, in case a watch missed something; returns the runs with news."""

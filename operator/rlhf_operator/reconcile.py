@@ -17,7 +17,7 @@ from rlhf_api.names import ANNOTATION_STOPPED, API_VERSION, FINALIZER, KIND, LAB
 from rlhf_api.parse import parse_run
 from rlhf_api.run import ObjectStore, RLHFRun, RunStatus
 from rlhf_api.stage import Progress
-from rlhf_operator.attempts import attempts_of
+from rlhf_operator.attempts import attempts_of, outcomes_to_keep
 from rlhf_operator.conditions import Hold
 from rlhf_operator.deletion import artifacts_of_none_but, finalizers, wants_cleaning, without_ours
 from rlhf_operator.forks import forked
@@ -51,6 +51,9 @@ class Cluster(Protocol):
 
     def stop_job(self, job: Document, now: float) -> None:
         """Let the Job end its pod, gracefully, and start none again; it stays as a record. No error if it is gone."""
+
+    def keep_outcome(self, job: Document, outcome: str) -> None:
+        """Note on the Job how its pod ended. No error if it is gone."""
 
     def write_status(self, run: Document, patch: Document) -> None:
         """Merge `patch` into the run's status. Raises Conflict if the run is not as it is in `run` any more."""
@@ -92,7 +95,7 @@ class Reconciler:
         self._lock = threading.Lock()
         self._memories: dict[str, _Memory] = {}
         self.acted: Callable[[str], None] = lambda _: None
-        """Told of each action: start, stop, delete, cleaned, status, refused, held. For metrics."""
+        """Told of each action: start, stop, kept, delete, cleaned, status, refused, held. For metrics."""
 
     def reconcile(self, namespace: str, name: str) -> float | None:
         """Look at a run once. Returns the Unix time to look again if nothing is heard before; None: never.
@@ -181,6 +184,9 @@ class Reconciler:
         mine = {job["metadata"]["uid"] for job in jobs}
         pods = [pod for pod in pods if _owner(pod) in mine]
         self._ask_pods(pods, memory, now)
+        for job, outcome in outcomes_to_keep(jobs, pods, now):
+            self._cluster.keep_outcome(job, outcome)
+            self.acted("kept")
         attempts = attempts_of(jobs, pods, memory.progress, now)
         every = [attempt for made in attempts.values() for attempt in made]
         asked = asked_at(run, run.status, every, now)

@@ -13,6 +13,7 @@ from typing import Any
 
 from rlhf_api.errors import FailureClass
 from rlhf_api.names import (
+    ANNOTATION_OUTCOME,
     ANNOTATION_STOPPED,
     ENV_STAGE_CONFIG,
     EXIT_CODES,
@@ -86,6 +87,14 @@ class SmallCluster:
                 self._touched(found)
 
         self._write(stop)
+
+    def keep_outcome(self, job: Document, outcome: str) -> None:
+        def keep() -> None:
+            if found := self.jobs_.get(job["metadata"]["name"]):
+                found["metadata"].setdefault("annotations", {})[ANNOTATION_OUTCOME] = outcome
+                self._touched(found)
+
+        self._write(keep)
 
     def write_status(self, run: Document, patch: Document) -> None:
         def write() -> None:

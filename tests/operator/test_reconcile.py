@@ -1,6 +1,6 @@
 """One run reconciled, against a small cluster in memory and a real file store."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +8,14 @@ import pytest
 from small_world import NOW, STAGES_OF_RUN, Document, World, merged
 
 from rlhf_api.names import (
+    ANNOTATION_OUTCOME,
     ANNOTATION_STOPPED,
     EXIT_INTERRUPTED,
     LABEL_STAGE,
     STAGE_NAMES,
 )
 from rlhf_api.stage import Progress, StageFailure, StageResult
-from rlhf_operator.attempts import attempts_of
+from rlhf_operator.attempts import attempts_of, outcomes_to_keep
 from rlhf_operator.conditions import stamp
 from rlhf_operator.kubernetes_api import ApiError, Conflict, Denied, Invalid
 from rlhf_operator.plan import Attempt
@@ -62,7 +63,9 @@ def _failing_once(world: World) -> None:
     """A run with a failure, a suspension and a resumption in it."""
     world.apply()
     world.settle()
-    world.fail("import-model", "infrastructure")
+    world.fail("import-model", "outOfMemory")
+    world.settle()
+    world.cluster.pods_.clear()
     world.settle()
     world.cluster.now += 6
     world.settle()
@@ -206,6 +209,78 @@ def test_a_pod_killed_for_its_memory_is_followed_by_one_that_holds_less_at_the_s
     world.finish()
     assert world.status().phase == "Succeeded"
     assert world.status().stages[-1].lowered == "batchSize 4 instead of 8"
+
+
+def test_what_a_pod_said_as_it_ended_is_known_when_it_is_gone(world: World) -> None:
+    """Drained again and again, and each time deleted at once: no attempt counts as failed."""
+    world.apply()
+    for _ in range(8):
+        world.settle()
+        world.cluster.start_pods()
+        world.cluster.end_pod(world.job("import-model"), EXIT_INTERRUPTED, "")
+        world.settle()
+        world.cluster.pods_.clear()
+        world.settle()
+        world.cluster.now += 301
+    world.finish()
+    assert world.status().phase == "Succeeded"
+    assert not set(world.reasons()) & {"StageFailed", "Retrying"}
+
+
+def test_a_pod_that_is_gone_before_its_job_has_ended_was_heard(world: World) -> None:
+    world.apply()
+    world.settle()
+    job = world.job("import-model")
+    world.cluster.start_pods()
+    world.cluster.end_pod(job, EXIT_INTERRUPTED, "")
+    conditions = world.cluster.jobs_[job["metadata"]["name"]]["status"].pop("conditions")
+    world.settle()
+    world.cluster.pods_.clear()
+    world.cluster.jobs_[job["metadata"]["name"]]["status"]["conditions"] = conditions
+    world.restart()
+    world.settle()
+    assert world.status().stages[0].attempt == 2
+    assert "StageFailed" not in world.reasons()
+
+
+def test_lengths_that_memory_left_stay_when_the_pods_that_ran_out_of_it_are_gone(world: World) -> None:
+    ppo = {"batchSize": 8, "microBatchSize": 1, "rolloutBatchSize": 8, "responseTokens": 128}
+    spec: Document = {"gpu": {"shortenOnOutOfMemory": True}, "ppo": ppo}
+    world.apply(**spec)
+    for _ in range(2):
+        world.settle()
+        world.succeed()
+    world.settle()
+    while world.config(world.job("ppo")).settings.ppo.response_tokens == 128:  # type: ignore[union-attr]
+        world.fail("ppo", "outOfMemory")
+        world.settle()
+        world.cluster.now += 6
+        world.settle()
+    world.cluster.pods_.clear()
+    world.settle()
+    job = world.job("ppo")
+    assert "activeDeadlineSeconds" not in job["spec"]
+    ppo = next(stage for stage in world.status().stages if stage.name == "ppo")
+    assert (ppo.state, "responseTokens 64 instead of 128" in str(ppo.lowered)) == ("Running", True)
+    world.finish()
+    assert world.status().phase == "Succeeded"
+    assert world.artifacts.find(world.config(job).output)
+
+
+def test_only_what_would_be_lost_with_the_pod_is_written_on_its_job_and_once(world: World) -> None:
+    world.apply()
+    world.settle()
+    world.fail("import-model", "infrastructure")
+    world.settle()
+    kept = world.cluster.jobs_["run-import-model-1"]["metadata"]
+    version = kept["resourceVersion"]
+    world.cluster.pods_.clear()
+    world.cluster.now += 6
+    world.finish()
+    assert (world.status().phase, kept["resourceVersion"]) == ("Succeeded", version)
+    assert "import-model broke" in kept["annotations"][ANNOTATION_OUTCOME]
+    noted = [name for name, job in world.cluster.jobs_.items() if ANNOTATION_OUTCOME in job["metadata"]["annotations"]]
+    assert noted == ["run-import-model-1"]
 
 
 def test_a_pod_that_no_node_takes_is_pending_and_goes_on_when_one_does(world: World) -> None:
@@ -449,13 +524,16 @@ JOB: Document = {
 
 
 def seen(job: Document, *pods: Document, now: float = NOW + 10) -> Attempt:
-    whole = merged(JOB, job)
-    made = [
-        merged({"metadata": {"uid": f"pod-{n}", "ownerReferences": [{"uid": "job", "controller": True}]}}, pod)
-        for n, pod in enumerate(pods)
-    ]
-    [attempt] = attempts_of([whole], made, {}, now)["ppo"]
+    [attempt] = attempts_of([merged(JOB, job)], made_of(pods), {}, now)["ppo"]
     return attempt
+
+
+def made_of(pods: Iterable[Document]) -> list[Document]:
+    """The pods with what names them and their Job."""
+    owners = [{"uid": "job", "controller": True}]
+    return [
+        merged({"metadata": {"uid": f"pod-{n}", "ownerReferences": owners}}, pod) for n, pod in enumerate(pods)
+    ]
 
 
 def failed_job(reason: str = "BackoffLimitExceeded", kind: str = "Failed") -> Document:
@@ -546,6 +624,43 @@ def test_what_has_not_ended_and_why_it_waits(job: Document, pods: list[Document]
     attempt = seen(job, *pods)
     assert attempt.finished is None
     assert (attempt.held.reason if attempt.held else None) == reason
+
+
+def noted(job: Document, *pods: Document) -> Document:
+    """The Job with what is kept of how these pods ended, if anything is."""
+    [(_, outcome)] = outcomes_to_keep([merged(JOB, job)], made_of(pods), NOW + 10) or [(None, None)]
+    return merged(job, {"metadata": {"annotations": {ANNOTATION_OUTCOME: outcome}}}) if outcome else job
+
+
+@pytest.mark.parametrize(("job", "pods"), [pytest.param(*c[1:3], id=c[0]) for c in cases() if c[2]])
+def test_an_attempt_ended_the_same_when_its_pod_is_gone(job: Document, pods: list[Document]) -> None:
+    before, after = seen(job, *pods), seen(merged(noted(job, *pods), failed_job()))
+    assert (before.failure, before.interrupted) == (after.failure, after.interrupted)
+
+
+def test_a_queue_that_takes_its_pod_back_ends_no_attempt() -> None:
+    drained = ended_pod(EXIT_INTERRUPTED)
+    assert noted({"spec": {"suspend": True}}, drained) == {"spec": {"suspend": True}}
+    # The Job as it was before the queue's word of it came.
+    job = merged(noted({}, drained), failed_job())
+    later = {"metadata": {"creationTimestamp": stamp(NOW + 1)}}
+    [first, second] = made_of([drained, merged(ended_pod(137, "", "OOMKilled"), later)])
+    [attempt] = attempts_of([merged(JOB, job)], [first, second], {}, NOW + 10)["ppo"]
+    assert attempt.failure is not None
+    assert attempt.failure.failure == "outOfMemory"
+
+
+def test_what_is_kept_of_an_end_outlives_what_its_node_says_later() -> None:
+    away = {"metadata": {"deletionTimestamp": stamp(NOW - 120)}, "status": {"phase": "Running"}}
+    job = noted(failed_job(kind="FailureTarget"), away)
+    back = seen(job, ended_pod(EXIT_INTERRUPTED))
+    assert back.failure is not None
+    assert back.failure.failure == "infrastructure"
+
+
+def test_a_note_of_another_version_is_no_note() -> None:
+    job = merged(failed_job(), {"metadata": {"annotations": {ANNOTATION_OUTCOME: '{"unheard": 1}'}}})
+    assert seen(job).failure == seen(failed_job()).failure
 
 
 def test_a_success_whose_pod_is_gone_is_left_to_the_store() -> None:
