@@ -79,6 +79,8 @@ class Observed:
     """The status last published: a condition that has not changed keeps its time."""
     store_problem: str | None = None
     """Why the store could not be asked. `artifacts` is then what was known before, and nothing new starts."""
+    damage: str | None = None
+    """What is wrong with an artifact of this chain, where one was altered or truncated in the store."""
     store_asked: bool = True
     """False where only the stages have the store's credentials; `artifacts` is then what they reported."""
     store_answer_seconds: float | None = None
@@ -156,7 +158,7 @@ def plan(run: RLHFRun, observed: Observed, now: float) -> Plan:
     views = _views(run, observed)
     failures = {view.link.name: failure for view in views if (failure := _final_failure(view))}
     invalid, memory = _invalid(run, views, observed), _memory(run, views, observed)
-    why = _why_failed(run, views, failures, invalid, memory, observed.asked_at, now)
+    why = _why_failed(run, views, failures, invalid, memory, observed, now)
     halted = why is not None or run.spec.suspend
     blocked = halted or observed.store_problem is not None or observed.fork is not None
     retry_at = {view.link.name: time for view in views if view.pending and (time := _retry_at(view)) is not None}
@@ -302,7 +304,7 @@ def _views(run: RLHFRun, observed: Observed) -> list[_View]:
                 counted=[a for a in attempts if a.digest in digests and a.started >= observed.asked_at],
                 asked=asked,
                 steps=ladder(link.name, asked, run.spec.gpu.shorten_on_out_of_memory),
-                store_known=observed.store_problem is None,
+                store_known=observed.store_problem is None and observed.damage is None,
                 refused=observed.refused.get(link.name),
                 held=observed.held.get(link.name),
             )
@@ -335,10 +337,15 @@ def _why_failed(
     failures: Mapping[str, StageFailure],
     invalid: str | None,
     memory: MemoryCheck,
-    asked: float,
+    observed: Observed,
     now: float,
 ) -> Hold | None:
-    """What ends the run, or None: the first of its stages' failures, a broken rule, too little memory, its deadline."""
+    """What ends the run, or None.
+
+    An artifact that was altered, the first of its stages' failures, a broken rule, too little memory, its deadline.
+    """
+    if observed.damage is not None:
+        return Hold("User", observed.damage)
     for name, failure in failures.items():
         return Hold(failure.failure[:1].upper() + failure.failure[1:], f"{name}: {failure.message}")
     if invalid is not None:
@@ -346,7 +353,7 @@ def _why_failed(
     if memory.refusal is not None:
         return Hold("OutOfMemory", memory.refusal)
     limit = run.spec.active_deadline_seconds
-    if limit is not None and not run.spec.suspend and not views[-1].exists and now >= asked + limit:
+    if limit is not None and not run.spec.suspend and not views[-1].exists and now >= observed.asked_at + limit:
         how = "raise it, then set suspend to true and back to false to continue"
         return Hold("DeadlineExceeded", f"spec.activeDeadlineSeconds: {limit} have passed; {how}")
     return None

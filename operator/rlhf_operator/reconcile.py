@@ -132,6 +132,9 @@ class Reconciler:
         jobs = [job for job in self._cluster.jobs(namespace, name) if _owner(job) == uid]
         observed = self._observe(run, fork, jobs, memory, now)
         decided = plan(run, observed, now)
+        if any(isinstance(action, Start) for action in decided.actions):
+            observed = self._observe(run, fork, jobs, memory, now, to_start=True)
+            decided = plan(run, observed, now)
         # Published first: the time it was asked for must be known before an attempt is counted against it.
         place = self._settings.place_of(run.spec.object_store)
         self._publish(document, before, decided.status.model_copy(update={"store": place}))
@@ -179,7 +182,15 @@ class Reconciler:
             return run, Hold("ForkSourceElsewhere", f"{where}, this run in {mine.url}; give both one spec.objectStore")
         return forked(run, source)
 
-    def _observe(self, run: RLHFRun, fork: Hold | None, jobs: list[Document], memory: _Memory, now: float) -> Observed:
+    def _observe(
+        self,
+        run: RLHFRun,
+        fork: Hold | None,
+        jobs: list[Document],
+        memory: _Memory,
+        now: float,
+        to_start: bool = False,
+    ) -> Observed:
         pods = self._cluster.pods(run.metadata.namespace or "default", run.metadata.name)
         mine = {job["metadata"]["uid"] for job in jobs}
         pods = [pod for pod in pods if _owner(pod) in mine]
@@ -190,13 +201,14 @@ class Reconciler:
         attempts = attempts_of(jobs, pods, memory.progress, now)
         every = [attempt for made in attempts.values() for attempt in made]
         asked = asked_at(run, run.status, every, now)
-        store = self._store.look(run, attempts, asked)
+        store = self._store.look(run, attempts, asked, to_start)
         return Observed(
             artifacts=store.artifacts,
             attempts=attempts,
             asked_at=asked,
             status=run.status,
             store_problem=store.problem,
+            damage=store.damage,
             store_asked=store.asked,
             store_answer_seconds=store.answer_seconds,
             refused=dict(memory.refused),
