@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from rlhf_api.names import FINALIZER
 from rlhf_api.run import Condition, Phase, RunStatus, StageStatus
 
 
@@ -66,6 +67,12 @@ def store_ready(
         return _condition("StoreReady", True, "Answered", old.message)
     answers = "" if answer_seconds is None else f"answers in {max(1, round(answer_seconds * 1000))} ms"
     return _condition("StoreReady", True, "Answered", answers)
+
+
+def deletion_waits(problem: str) -> Condition:
+    """Why a run that is to be deleted with its artifacts is still there."""
+    how = f"the run stays until its artifacts are deleted; without its finalizer {FINALIZER} it goes and they stay"
+    return _condition("StoreReady", False, "DeletionWaits", f"{problem}; {how}")
 
 
 def progressing(phase: Phase, stages: Sequence[StageStatus], hold: Hold | None) -> Condition:

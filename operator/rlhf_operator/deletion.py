@@ -28,11 +28,13 @@ def without_ours(document: Document) -> list[str]:
 def artifacts_of_none_but(document: Document, others: Iterable[Document]) -> list[ArtifactRef]:
     """The artifacts that the run's status names, without those that it took over, or that another run names.
 
-    A run names what it is going to make as soon as it was looked at once, so one that is under way is safe. What runs
-    of other clusters, or `rlhf run`, share with it in the same store is not known here.
+    A run names what it is going to make as soon as it was looked at once, so one that is under way is safe. One that
+    is being deleted itself needs nothing any more: of two that go together each removes what they shared. What runs of
+    other clusters, or `rlhf run`, share with it in the same store is not known here.
     """
     uid = document["metadata"]["uid"]
-    used = {name for other in others if other["metadata"]["uid"] != uid for name in artifacts_named(other)}
+    staying = [other for other in others if not other["metadata"].get("deletionTimestamp")]
+    used = {name for other in staying if other["metadata"]["uid"] != uid for name in artifacts_named(other)}
     taken = set((document.get("status") or {}).get("taken", {}).values())
     found = dict.fromkeys(name for name in artifacts_named(document) if name not in used | taken)
     return [ArtifactRef.parse(name) for name in found]

@@ -7,18 +7,18 @@ carries the version it is about, and nothing is decided from memory that the clu
 import random
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
 from pydantic import ValidationError
 
-from rlhf_api.errors import UserError
+from rlhf_api.errors import StoreError, UserError
 from rlhf_api.names import ANNOTATION_STOPPED, API_VERSION, FINALIZER, KIND, LABEL_STAGE
 from rlhf_api.parse import parse_run
 from rlhf_api.run import ObjectStore, RLHFRun, RunStatus
 from rlhf_api.stage import Progress
 from rlhf_operator.attempts import attempts_of, outcomes_to_keep
-from rlhf_operator.conditions import Hold
+from rlhf_operator.conditions import Hold, dated, deletion_waits
 from rlhf_operator.deletion import artifacts_of_none_but, finalizers, wants_cleaning, without_ours
 from rlhf_operator.forks import forked
 from rlhf_operator.jobs import stage_job
@@ -27,6 +27,7 @@ from rlhf_operator.operator_settings import OperatorSettings
 from rlhf_operator.plan import Delete, Observed, Plan, Start, Stop, asked_at, at_rest, plan, rejected
 from rlhf_operator.pod_template import Document
 from rlhf_operator.run_events import RunEvent, events_between
+from rlhf_operator.seen import Key
 from rlhf_operator.store_view import StoreView
 
 RESYNC_SECONDS: Final = 30.0  # between looks at a run of which nothing is heard
@@ -78,6 +79,7 @@ class Cluster(Protocol):
 class _Memory:
     """What is kept of a run between looks. Losing it costs a few calls and changes nothing."""
 
+    uid: str
     generation: int | None = None
     refused: dict[str, str] = field(default_factory=dict)
     held: dict[str, Hold] = field(default_factory=dict)
@@ -93,7 +95,7 @@ class Reconciler:
     ) -> None:
         self._cluster, self._settings, self._store, self._clock = cluster, settings, store, clock
         self._lock = threading.Lock()
-        self._memories: dict[str, _Memory] = {}
+        self._memories: dict[Key, _Memory] = {}
         self.acted: Callable[[str], None] = lambda _: None
         """Told of each action: start, stop, kept, delete, cleaned, status, refused, held. For metrics."""
 
@@ -104,6 +106,7 @@ class Reconciler:
         """
         document = self._cluster.run(namespace, name)
         if document is None:
+            self._forget((namespace, name))
             return None  # its Jobs go with it: they are owned
         now = self._clock()
         uid = document["metadata"]["uid"]
@@ -121,19 +124,19 @@ class Reconciler:
             self._cluster.set_finalizers(document, wanted)
             return now  # there is a newer version of it now
         if (rest := at_rest(run, now)) is not None:
-            self._forget(uid)
+            self._forget((namespace, name))
             self._publish(document, before, rest.status)
             if rest.actions == (Delete(),):
                 self._cluster.delete_run(document)
                 self.acted("delete")
             return rest.wake_at
-        memory = self._memory(uid, run.metadata.generation)
+        memory = self._memory((namespace, name), uid, run.metadata.generation)
         run, fork = self._forked(run)
         jobs = [job for job in self._cluster.jobs(namespace, name) if _owner(job) == uid]
         observed = self._observe(run, fork, jobs, memory, now)
         decided = plan(run, observed, now)
         if any(isinstance(action, Start) for action in decided.actions):
-            observed = self._observe(run, fork, jobs, memory, now, to_start=True)
+            observed = self._with_store(run, observed, to_start=True)
             decided = plan(run, observed, now)
         # Published first: the time it was asked for must be known before an attempt is counted against it.
         place = self._settings.place_of(run.spec.object_store)
@@ -158,12 +161,24 @@ class Reconciler:
             asked = ObjectStore.model_validate(store)
         except ValidationError:  # it never was a run, and made nothing
             asked = None
-        if asked is not None:
-            self._store.remove(asked, artifacts_of_none_but(document, self._cluster.runs()))
+        doomed = artifacts_of_none_but(document, self._cluster.runs())
+        if asked is not None and doomed:
+            try:
+                self._store.remove(asked, doomed)
+            except (StoreError, UserError) as error:
+                self._publish_deletion_waits(document, str(error), now)
+                return now + RESYNC_SECONDS
         self._cluster.set_finalizers(document, without_ours(document))
         self.acted("cleaned")
-        self._forget(uid)
+        self._forget((namespace, name))
         return None
+
+    def _publish_deletion_waits(self, document: Document, problem: str, now: float) -> None:
+        before, generation = _status_in(document), document["metadata"].get("generation")
+        status = before or RunStatus()
+        kept = [each for each in status.conditions if each.type != "StoreReady"]
+        [waits] = dated([deletion_waits(problem)], before, generation, now)
+        self._publish(document, before, status.model_copy(update={"conditions": [*kept, waits]}))
 
     def _stop(self, job: Document, now: float) -> None:
         if ANNOTATION_STOPPED not in job["metadata"].get("annotations", {}):
@@ -182,15 +197,7 @@ class Reconciler:
             return run, Hold("ForkSourceElsewhere", f"{where}, this run in {mine.url}; give both one spec.objectStore")
         return forked(run, source)
 
-    def _observe(
-        self,
-        run: RLHFRun,
-        fork: Hold | None,
-        jobs: list[Document],
-        memory: _Memory,
-        now: float,
-        to_start: bool = False,
-    ) -> Observed:
+    def _observe(self, run: RLHFRun, fork: Hold | None, jobs: list[Document], memory: _Memory, now: float) -> Observed:
         pods = self._cluster.pods(run.metadata.namespace or "default", run.metadata.name)
         mine = {job["metadata"]["uid"] for job in jobs}
         pods = [pod for pod in pods if _owner(pod) in mine]
@@ -200,20 +207,26 @@ class Reconciler:
             self.acted("kept")
         attempts = attempts_of(jobs, pods, memory.progress, now)
         every = [attempt for made in attempts.values() for attempt in made]
-        asked = asked_at(run, run.status, every, now)
-        store = self._store.look(run, attempts, asked, to_start)
-        return Observed(
-            artifacts=store.artifacts,
+        observed = Observed(
             attempts=attempts,
-            asked_at=asked,
+            asked_at=asked_at(run, run.status, every, now),
             status=run.status,
+            refused=dict(memory.refused),
+            held=dict(memory.held),
+            fork=fork,
+        )
+        return self._with_store(run, observed)
+
+    def _with_store(self, run: RLHFRun, observed: Observed, to_start: bool = False) -> Observed:
+        """`observed` with what is known of the run's store, at most seconds old where a stage is about to start."""
+        store = self._store.look(run, observed.attempts, observed.asked_at, to_start)
+        return replace(
+            observed,
+            artifacts=store.artifacts,
             store_problem=store.problem,
             damage=store.damage,
             store_asked=store.asked,
             store_answer_seconds=store.answer_seconds,
-            refused=dict(memory.refused),
-            held=dict(memory.held),
-            fork=fork,
         )
 
     def _ask_pods(self, pods: list[Document], memory: _Memory, now: float) -> None:
@@ -280,17 +293,20 @@ class Reconciler:
         running = any(stage.state == "Running" for stage in decided.status.stages)
         return now + (PROGRESS_SECONDS if running else RESYNC_SECONDS) * random.uniform(0.8, 1.2)
 
-    def _memory(self, uid: str, generation: int | None) -> _Memory:
+    def _memory(self, key: Key, uid: str, generation: int | None) -> _Memory:
         with self._lock:
-            memory = self._memories.setdefault(uid, _Memory())
+            memory = self._memories.get(key)
+            if memory is None or memory.uid != uid:
+                memory = self._memories[key] = _Memory(uid)
         if memory.generation != generation:
             memory.generation, memory.refused, memory.held = generation, {}, {}
         return memory
 
-    def _forget(self, uid: str) -> None:
+    def _forget(self, key: Key) -> None:
         with self._lock:
-            self._memories.pop(uid, None)
-        self._store.forget(uid)
+            memory = self._memories.pop(key, None)
+        if memory is not None:
+            self._store.forget(memory.uid)
 
 
 def merge_patch(old: Mapping[str, Any], new: Mapping[str, Any]) -> Document:

@@ -51,7 +51,8 @@ def _of_stage(before: StageStatus | None, after: StageStatus) -> list[RunEvent]:
 
 
 def _of_condition(before: Condition | None, after: Condition) -> list[RunEvent]:
-    if before is not None and before.status == after.status:
+    waits = after.reason == "DeletionWaits" and (before is None or before.reason != after.reason)
+    if before is not None and before.status == after.status and not waits:
         return []
     match after.type, after.status:
         case "Succeeded", "True":
@@ -62,6 +63,8 @@ def _of_condition(before: Condition | None, after: Condition) -> list[RunEvent]:
             return [RunEvent("Normal", "RunSuspended", "nothing runs; set spec.suspend to false to continue")]
         case "Suspended", "False" if before is not None:
             return [RunEvent("Normal", "RunResumed", "spec.suspend is false")]
+        case "StoreReady", "False" if waits:
+            return [RunEvent("Warning", "DeletionWaits", after.message)]
         case "StoreReady", "False":
             return [RunEvent("Warning", "StoreUnavailable", after.message)]
         case "FitsInMemory", "False":

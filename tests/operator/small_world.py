@@ -257,8 +257,8 @@ class World:
         self.restart()
 
     def restart(self) -> None:
-        view = StoreView(self.settings, lambda: self.cluster.now)
-        self.operator = Reconciler(self.cluster, self.settings, view, lambda: self.cluster.now)
+        self.view = StoreView(self.settings, lambda: self.cluster.now)
+        self.operator = Reconciler(self.cluster, self.settings, self.view, lambda: self.cluster.now)
 
     def document(self, **spec: Any) -> Document:
         short = {

@@ -6,8 +6,11 @@ from typing import Any
 import pytest
 from small_world import World
 
+from rlhf_api.errors import StoreError
 from rlhf_api.names import ANNOTATION_STOPPED, FINALIZER
-from rlhf_operator.kubernetes_api import ApiError
+from rlhf_operator.store_view import PROBE_SECONDS
+from rlhf_store.artifacts import Artifacts
+from rlhf_store.file_objects import FileObjects
 
 DELETE = {"onDelete": "Delete"}
 
@@ -110,21 +113,65 @@ def test_the_policy_may_change_while_the_run_lives(world: World) -> None:
     assert world.cluster.runs_["run"]["metadata"]["finalizers"] == [FINALIZER]
 
 
-def test_a_store_that_is_away_keeps_the_run_until_it_answers(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlhf_api.errors import StoreError
-    from rlhf_store.artifacts import Artifacts
+@pytest.mark.parametrize("away_before", [False, True])
+def test_a_store_that_is_away_keeps_the_run_until_it_answers_and_the_run_says_so(
+    world: World, monkeypatch: pytest.MonkeyPatch, away_before: bool
+) -> None:
+    def away(*_: Any, **__: Any) -> None:
+        raise StoreError("the store is away")
 
     world.apply(artifacts=DELETE)
-    world.finish()
+    if away_before:
+        world.settle()
+        world.cluster.start_pods()
+        world.cluster.now += PROBE_SECONDS
+        monkeypatch.setattr(FileObjects, "put", away)
+        world.settle()
+        assert world.conditions()["StoreReady"][:2] == ("False", "Unavailable")
+    else:
+        world.finish()
     delete(world)
     with monkeypatch.context() as patch:
-
-        def away(*_: Any) -> None:
-            raise StoreError("the store is away")
-
         patch.setattr(Artifacts, "remove", away)
-        with pytest.raises((StoreError, ApiError), match="away"):
+        again = world.look()
+        assert again is not None
+        assert again > world.cluster.now
+        world.cluster.end_stopped()
+        for _ in range(3):
             world.look()
-        assert "run" in world.cluster.runs_
+        assert world.conditions()["StoreReady"][:2] == ("False", "DeletionWaits")
+        assert (
+            f"the store is away; the run stays until its artifacts are deleted; without its finalizer {FINALIZER}"
+            in (world.conditions()["StoreReady"][2])
+        )
+        assert world.reasons().count("DeletionWaits") == 1
     world.look()
     assert "run" not in world.cluster.runs_
+
+
+@pytest.mark.parametrize("policy", ["Delete", "Keep"])
+def test_runs_that_go_together_leave_nothing_that_they_shared(world: World, policy: str) -> None:
+    world.apply(artifacts=DELETE)
+    world.finish()
+    another(world, artifacts={"onDelete": policy}, ppo={"klCoefficient": 0.2})
+    names = ["run", "other"]
+    for name in names:
+        world.cluster.delete_run(world.cluster.runs_[name])
+    alone = {"run": world.cluster.runs_["run"]}
+    for name in names:
+        world.operator.reconcile("default", name)
+    assert world.cluster.runs_ == {}
+    left = stored(world)
+    assert (left == set()) == (policy == "Delete")
+    assert not {each["artifact"] for each in alone["run"]["status"]["stages"] if "artifact" in each} & left
+
+
+def test_a_run_that_is_gone_is_forgotten(world: World) -> None:
+    world.apply()
+    world.settle()
+    assert world.operator._memories
+    assert world.view._found
+    world.cluster.delete_run(world.cluster.runs_["run"])
+    world.look()
+    assert world.operator._memories == {}
+    assert world.view._found == {}

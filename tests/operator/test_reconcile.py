@@ -531,9 +531,7 @@ def seen(job: Document, *pods: Document, now: float = NOW + 10) -> Attempt:
 def made_of(pods: Iterable[Document]) -> list[Document]:
     """The pods with what names them and their Job."""
     owners = [{"uid": "job", "controller": True}]
-    return [
-        merged({"metadata": {"uid": f"pod-{n}", "ownerReferences": owners}}, pod) for n, pod in enumerate(pods)
-    ]
+    return [merged({"metadata": {"uid": f"pod-{n}", "ownerReferences": owners}}, pod) for n, pod in enumerate(pods)]
 
 
 def failed_job(reason: str = "BackoffLimitExceeded", kind: str = "Failed") -> Document:
