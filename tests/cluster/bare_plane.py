@@ -65,6 +65,14 @@ class BarePlane:
 @contextmanager
 def bare_plane(folder: Path, kwok: bool = False) -> Iterator[BarePlane]:
     """Run a control plane that knows RLHFRun in an empty folder; it ends with the block, and with this process."""
+    with new_plane(folder, kwok) as plane:
+        install_crd(plane.kubeconfig)
+        yield plane
+
+
+@contextmanager
+def new_plane(folder: Path, kwok: bool = False) -> Iterator[BarePlane]:
+    """Run a control plane on which nobody has installed anything yet."""
     plane = BarePlane(folder)
     with (folder / "supervisor.log").open("w") as log:
         command: list[str | Path] = [*DIE_WITH_PARENT, SCRIPT, "run", folder, *(["--kwok"] if kwok else [])]
@@ -75,7 +83,6 @@ def bare_plane(folder: Path, kwok: bool = False) -> Iterator[BarePlane]:
             if supervisor.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"no control plane: {(folder / 'supervisor.log').read_text()[-2000:]}")
             time.sleep(0.1)
-        install_crd(plane.kubeconfig)
         yield plane
     finally:
         supervisor.terminate()

@@ -2,32 +2,19 @@
 
 import os
 import subprocess
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from bare_plane import BarePlane, bare_plane, install_crd
+from kubectl import BIN, Kubectl, kubectl_of
 from release import BUCKET, Release, reviews
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "hack" / "cluster"
-BIN = ROOT / ".cache" / "cluster" / "bin"
-
-# What kubectl says of an API server that is about to come back: tests of other things do not depend on such moments.
-AWAY = (
-    "was refused",
-    "TLS handshake timeout",
-    "unexpected EOF",
-    "connection reset",
-    "etcdserver: leader changed",
-    'User "kubernetes-admin" cannot',  # one that is just back has read no roles yet
-)
-AWAY_SECONDS = 60
 
 # A lane runs one of these files, or all the others: so there is one control plane without nodes, however many lanes.
 # The longest come first, so that at the end no lane is busy alone.
@@ -36,8 +23,6 @@ ON_NODES = (
     "test_network_policies", "test_nodes",
 )  # fmt: skip
 SECOND = 2  # of the lanes by length: all the others
-
-Kubectl = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 class Lanes(LoadScopeScheduling):
@@ -198,26 +183,6 @@ def load_image(cluster: Path) -> Callable[[Path], None]:
         assert loaded.returncode == 0, loaded.stderr
 
     return load
-
-
-def kubectl_of(kubeconfig: Path) -> Kubectl:
-    """A function that runs kubectl with its arguments and `stdin`, and fails with what it said unless check=False."""
-    environment = {**os.environ, "KUBECONFIG": str(kubeconfig), "PATH": f"{BIN}:{os.environ['PATH']}"}
-
-    def kubectl(*arguments: str | Path, stdin: Any = None, check: bool = True) -> "subprocess.CompletedProcess[str]":
-        text = stdin if stdin is None or isinstance(stdin, str) else yaml.safe_dump(stdin)
-        deadline = time.monotonic() + AWAY_SECONDS
-        while True:
-            done = subprocess.run(["kubectl", *arguments], input=text, env=environment, text=True, capture_output=True)
-            away = done.returncode and any(words in done.stderr for words in AWAY)
-            if not away or time.monotonic() > deadline:
-                break
-            time.sleep(1)
-        if check and done.returncode:
-            raise AssertionError(f"kubectl {' '.join(map(str, arguments))}: {done.stderr}")
-        return done
-
-    return kubectl
 
 
 def _namespace(kubectl: Kubectl) -> Iterator[str]:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import BIN, ROOT
+from rendered_chart import BIN, ROOT
 
 pytestmark = pytest.mark.timeout(3000)
 
