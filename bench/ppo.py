@@ -113,7 +113,6 @@ def with_roles(arguments: argparse.Namespace, layers: str, rates: dict[tuple[str
 
 def trl(arguments: argparse.Namespace, size: str, epochs: int, peer: str) -> float | None:
     """Measure TRL's trainer; returns its episodes a second, None where it runs out of memory."""
-    from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer
@@ -139,7 +138,7 @@ def trl(arguments: argparse.Namespace, size: str, epochs: int, peer: str) -> flo
         )  # fmt: skip
         trainer = PPOTrainer(
             settings, tokenizer_of(PreTrainedTokenizerFast), policy, None, scorer(arguments, peer, trained=False),
-            Dataset.from_dict({"input_ids": rows}), scorer(arguments, peer, trained=True), callbacks=[Clock()],
+            [{"input_ids": row} for row in rows], scorer(arguments, peer, trained=True), callbacks=[Clock()],
         )  # fmt: skip
         torch.cuda.reset_peak_memory_stats()
         rate = None

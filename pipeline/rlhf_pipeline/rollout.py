@@ -16,7 +16,7 @@ from rlhf_pipeline.roles import positions_of
 
 STOP_CHECK_STEPS = 16  # on CUDA, asking whether all have ended waits for the device: ask this seldom
 WARMUP_STEPS = 2  # before a graph is captured
-AGREEMENT = 0.05  # relative difference between the fused step's logits and the model's own; bfloat16 alone gives 0.01
+AGREEMENT = 0.1  # relative difference between the fused step's logits and the model's own; bfloat16 alone gives 0.01
 
 
 @dataclass(frozen=True)

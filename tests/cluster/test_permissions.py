@@ -97,11 +97,15 @@ class Installed:
     def granted(self) -> set[Rule]:
         """The rules of every Role that is bound to the operator."""
         bound = {
-            (each["roleRef"]["kind"], each["roleRef"]["name"])
+            (each["roleRef"]["kind"], each["roleRef"]["name"], each["metadata"].get("namespace"))
             for each in self.documents
             if each["kind"] in ("RoleBinding", "ClusterRoleBinding")
         }
-        roles = [each for each in self.documents if (each["kind"], each["metadata"]["name"]) in bound]
+        roles = [
+            each
+            for each in self.documents
+            if (each["kind"], each["metadata"]["name"], each["metadata"].get("namespace")) in bound
+        ]
         assert len(roles) == len(bound) > 2
         return {
             (group, resource, verb)

@@ -27,7 +27,7 @@ from rlhf_pipeline.decode.nf4_gemm import (
 )
 from rlhf_pipeline.models import device_of, load_base
 from rlhf_pipeline.roles import Roles
-from rlhf_pipeline.rollout import AGREEMENT, Sampling, _Decoder, rollout
+from rlhf_pipeline.rollout import Sampling, _Decoder, rollout
 
 TILES = [(rows, tile) for rows, tiles in CANDIDATES.items() for tile in tiles]
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -194,23 +194,35 @@ def prompts(rows: int, longest: int = 9) -> tuple[Tensor, Tensor]:
 def test_a_step_gives_the_logits_of_the_models_own_forward(
     family: Family, quantization: Quantization, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Both are held against float32 on the same weights: rounding differs, and neither is further off than the other."""
     roles = fused_roles(tmp_path, family, quantization)
+    exact = fused_roles(tmp_path, family, quantization.model_copy(update={"compute_dtype": "float32"}))
     monkeypatch.setattr(decoders.Choice, "best", property(lambda choice: next(iter(choice.tiles), None)))
+    monkeypatch.setattr(rollouts, "AGREEMENT", 1.0)
     ids, mask = prompts(rows)
     with torch.no_grad():
-        decoder = _Decoder(roles.model, ids, mask, Sampling(24, EOS, PAD))
+        decoder, reference = (_Decoder(each.model, ids, mask, Sampling(24, EOS, PAD)) for each in (roles, exact))
         decoder._prefill()
+        reference._prefill()
         fused = decoder._fused()
         assert fused
         if quantization.type == "nf4":
             assert any(linear.tile for linear in fused.linears())
+        errors = []
         for _ in range(12):
+            reference.token.copy_(decoder.token)
             restore = decoder._keep()
-            own = decoder._own_logits().float()
+            own = decoder._own_logits()
             restore()
-            assert relative(fused.step(decoder.token[:, 0], decoder.session), own) < AGREEMENT
+            ours = fused.step(decoder.token[:, 0], decoder.session)
             restore()
+            expected = reference._own_logits()
+            errors.append((relative(ours, expected), relative(own, expected)))
             decoder._step()  # by the model's own forward: errors do not add up
+            reference.position.add_(1)
+            reference.slot.add_(1)
+        ours_mean, own_mean = (sum(column) / len(errors) for column in zip(*errors, strict=True))
+        assert ours_mean < 1.3 * own_mean + 2e-3, errors
 
 
 @gpu
@@ -222,7 +234,7 @@ def test_the_trunk_that_sampling_keeps_is_that_of_the_layers_below(family: Famil
     expected = roles.trunk(responses.ids, responses.mask).hidden
     assert responses.trunk is not None
     assert expected is not None
-    assert relative(responses.trunk[responses.mask], expected[responses.mask]) < AGREEMENT
+    assert relative(responses.trunk[responses.mask], expected[responses.mask]) < 0.05
 
 
 @gpu

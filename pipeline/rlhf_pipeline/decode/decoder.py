@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +33,7 @@ ACTIVATIONS: Final[dict[str, Activation]] = {
     "silu": "silu", "swish": "silu", "relu": "relu",
 }  # fmt: skip
 LLAMA_LIKE: Final = ("llama", "mistral", "qwen2", "qwen3")
+KEPT: Final = "_fused_decoder"
 TIMED_LAYERS: Final = 16  # of one shape, so that their weights do not all stay in the card's cache
 STATIC_ROPE: Final = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on the longest sequence seen
 
@@ -242,7 +242,7 @@ class Decoder:
             query.stride(0), stride, key.stride(0), key_stride, value.stride(0), key_stride,
             keys.stride(0), keys.stride(1),
             self.heads, self.heads // self.key_heads, size, 1 << (size - 1).bit_length(), self.rotary,
-            norms is not None, 64, self.chained, num_warps=4, **_chain(self.chained),
+            norms is not None, 32, self.chained, num_warps=4, **_chain(self.chained),
         )  # fmt: skip
         return layer.output(out)
 
@@ -268,24 +268,31 @@ class Decoder:
 
 
 def decoder_of(model: Any) -> Decoder | None:
-    """The fused decode step of `model`; None, said once in the log, if the model is not one that it knows."""
+    """The fused decode step of `model`; None, said once in the log, if the model is not one that it knows.
+
+    It is kept on the model, whose layers it refers to, and goes with it.
+    """
+    adapted = _adapted(model)
+    known: tuple[int, Decoder | None] | None = model.__dict__.get(KEPT)
     # An adapter that is added to a layer without one wraps the layer: what was read before does not know of it.
-    adapted = sum(hasattr(module, "lora_A") for module in model.modules())
-    if model not in _known or _known[model][0] != adapted:
+    if known is None or known[0] != adapted:
         try:
-            _known[model] = adapted, _read(model)
+            known = adapted, _read(model)
         except Unknown as reason:
             forget(model, reason)
-    return _known[model][1]
+            return None
+        model.__dict__[KEPT] = known
+    return known[1]
 
 
 def forget(model: Any, reason: object) -> None:
     """Decode `model` with its own forward from now on."""
     log.warning("decoding with the model's own forward pass: %s", reason)
-    _known[model] = sum(hasattr(module, "lora_A") for module in model.modules()), None
+    model.__dict__[KEPT] = _adapted(model), None
 
 
-_known: "WeakKeyDictionary[Any, tuple[int, Decoder | None]]" = WeakKeyDictionary()
+def _adapted(model: Any) -> int:
+    return sum(hasattr(module, "lora_A") for module in model.modules())
 
 
 def _read(model: Any) -> Decoder:

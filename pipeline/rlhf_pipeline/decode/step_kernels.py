@@ -109,13 +109,15 @@ def attend_kernel(
         t = t0 + tl.arange(0, BT)
         seen = (t < end)[:, None] & real[None, :]
         places = base + t[:, None] * D + d[None, :]
-        past = tl.load(keys + places, mask=seen, other=0.0).to(tl.float32)
-        weights = tl.where(t < end, tl.sum(past * query[None, :], 1) * scale, float("-inf"))
+        # Both loads before either is used: a short loop waits for memory, not for arithmetic.
+        past_keys = tl.load(keys + places, mask=seen, other=0.0)
+        past_values = tl.load(values + places, mask=seen, other=0.0)
+        products = tl.sum(past_keys.to(tl.float32) * query[None, :], 1) * scale
+        weights = tl.where(t < end, products, float("-inf"))
         higher = tl.maximum(best, tl.max(weights, 0))
         fade = tl.exp(best - higher)
         weights = tl.exp(weights - higher)
-        past = tl.load(values + places, mask=seen, other=0.0).to(tl.float32)
-        acc = acc * fade + tl.sum(weights[:, None] * past, 0)
+        acc = acc * fade + tl.sum(weights[:, None] * past_values.to(tl.float32), 0)
         total = total * fade + tl.sum(weights, 0)
         best = higher
     tl.store(out + (row * HEADS + head) * D + d, (acc / total).to(out.dtype.element_ty), mask=real)
