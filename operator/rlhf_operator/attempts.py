@@ -249,7 +249,7 @@ def _loss(job: Document, pod: Document | None) -> str:
 
 def _evicted(pod: Document) -> bool:
     """Whether the kubelet put the pod out, for what it or others take of the node."""
-    return pod.get("status", {}).get("reason") == "Evicted"
+    return bool(pod.get("status", {}).get("reason") == "Evicted")
 
 
 def _disruption(pod: Document) -> str | None:

@@ -132,7 +132,8 @@ class LocalRunner:
             if (code := process.poll()) is not None:
                 self._close(stage, process, code)
         attempts = {stage.name: self.folder.attempts(stage.name) for stage in STAGES}
-        run = shortened(self.run_resource, self._fingerprints, attempts, self._asked_at)
+        status = self.folder.status()
+        run = shortened(self.run_resource, self._fingerprints, attempts, self._asked_at, status)
         if (lengths := [run.spec.sft, run.spec.reward, run.spec.ppo]) != self._lengths:  # so are the addresses
             self._lengths, self._unknown = lengths, {stage.name for stage in STAGES}
         links = [link for link in chain(run, self._fingerprints) if link.name in self._unknown]
@@ -143,7 +144,7 @@ class LocalRunner:
             artifacts=dict(self._found),
             attempts=attempts,
             asked_at=self._asked_at,
-            status=self.folder.status(),
+            status=status,
         )
 
     def apply(self, decided: Plan) -> None:

@@ -4,7 +4,7 @@ Whoever drives a run (a process on one machine, an operator in a cluster) observ
 and observes again. Because nothing else is remembered, a crash at any point loses nothing.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -17,6 +17,7 @@ from rlhf_api.stage import Progress, StageFailure, StageResult, StageSettings
 from rlhf_operator import conditions
 from rlhf_operator.conditions import Hold, stamp, unix_time
 from rlhf_operator.figures import duration
+from rlhf_operator.forks import DONE
 from rlhf_operator.ladder import LENGTHS, Step, ladder, remedy, stepped_down, told
 from rlhf_operator.memory_check import MemoryCheck, check_memory
 from rlhf_operator.stages import Fingerprints, Link, chain
@@ -135,6 +136,7 @@ class _View:
     counted: Sequence[Attempt]  # those that wrote to this output, or to that of a longer length, since somebody asked
     asked: StageSettings  # before any length was halved
     steps: Sequence[Step]  # down from there
+    least: int  # of those steps that are taken whatever fails, as the output was made there
     store_known: bool
     refused: str | None
     held: Hold | None
@@ -146,6 +148,10 @@ class _View:
     @property
     def pending(self) -> bool:
         return self.needed and not self.exists and self.running is None
+
+    def down(self, attempts: Iterable[Attempt]) -> int:
+        """How many steps down its ladder the stage is after these attempts: one for each that ran out of memory."""
+        return max(self.least, _out_of_memory(attempts))
 
 
 def plan(run: RLHFRun, observed: Observed, now: float) -> Plan:
@@ -252,32 +258,57 @@ def rejected(name: str, generation: int | None, message: str, before: RunStatus 
 
 
 def shortened(
-    run: RLHFRun, fingerprints: Fingerprints, attempts: Mapping[str, Sequence[Attempt]], asked: float
+    run: RLHFRun,
+    fingerprints: Fingerprints,
+    attempts: Mapping[str, Sequence[Attempt]],
+    asked: float,
+    status: RunStatus | None,
 ) -> RLHFRun:
-    """The run with the lengths that memory leaves it, where its spec allows that: the one whose chain is made."""
-    return _shortened(run, fingerprints, attempts, asked)[0]
+    """The run with the lengths that memory leaves it, where its spec allows that: the one whose chain is made.
+
+    `status`: the one last published. What it says was made at a shorter length stays when the run is resumed.
+    """
+    return _shortened(run, fingerprints, attempts, asked, status)[0]
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """What was tried of a stage with a length, and how far down its ladder it is even if nothing fails any more."""
+
+    digests: Collection[str]  # of its output at every length tried
+    steps: int = 0
 
 
 def _shortened(
-    run: RLHFRun, fingerprints: Fingerprints, attempts: Mapping[str, Sequence[Attempt]], asked: float
-) -> tuple[RLHFRun, dict[str, set[str]]]:
-    """Of each stage with a length also the digests of its output at every length tried."""
-    tried: dict[str, set[str]] = {}
+    run: RLHFRun,
+    fingerprints: Fingerprints,
+    attempts: Mapping[str, Sequence[Attempt]],
+    asked: float,
+    status: RunStatus | None,
+) -> tuple[RLHFRun, dict[str, _Lengths]]:
+    found: dict[str, _Lengths] = {}
     if not run.spec.gpu.shorten_on_out_of_memory:
-        return run, tried
+        return run, found
+    made = {stage.name: stage.artifact for stage in status.stages if stage.state in DONE} if status else {}
     for name, (section, field_name) in LENGTHS.items():
-        made = [attempt for attempt in attempts.get(name, ()) if attempt.started >= asked]
+        since = [attempt for attempt in attempts.get(name, ()) if attempt.started >= asked]
         link = _link(run, fingerprints, name)
-        tried[name] = {link.output.digest}
+        outputs, found[name], shorter = [link.output], _Lengths({link.output.digest}), run
         for number, step in enumerate(ladder(name, link.settings, True), 0):
             if not step.shortens:
                 continue
-            if _out_of_memory(attempt for attempt in made if attempt.digest in tried[name]) <= number:
+            tried = {output.digest for output in outputs}
+            failed = _out_of_memory(attempt for attempt in since if attempt.digest in tried) > number
+            if not failed and made.get(name) in (None, *map(str, outputs)):
                 break
             part = getattr(run.spec, section).model_copy(update={field_name: step.after})
-            run = run.model_copy(update={"spec": run.spec.model_copy(update={section: part})})
-            tried[name].add(_link(run, fingerprints, name).output.digest)
-    return run, tried
+            shorter = shorter.model_copy(update={"spec": shorter.spec.model_copy(update={section: part})})
+            outputs.append(_link(shorter, fingerprints, name).output)
+            kept = str(outputs[-1]) == made.get(name)
+            if failed or kept:
+                run = shorter
+                found[name] = _Lengths(tried | {outputs[-1].digest}, number + 1 if kept else 0)
+    return run, found
 
 
 def _link(run: RLHFRun, fingerprints: Fingerprints, name: str) -> Link:
@@ -286,13 +317,13 @@ def _link(run: RLHFRun, fingerprints: Fingerprints, name: str) -> Link:
 
 def _views(run: RLHFRun, observed: Observed) -> list[_View]:
     asked_for = {link.name: link.settings for link in chain(run, observed.fingerprints)}
-    short, tried = _shortened(run, observed.fingerprints, observed.attempts, observed.asked_at)
+    short, lengths = _shortened(run, observed.fingerprints, observed.attempts, observed.asked_at, observed.status)
     links = chain(short, observed.fingerprints)
     needed = _needed(links, observed.artifacts)
     views = []
     for link in links:
         attempts = observed.attempts.get(link.name, ())
-        digests = {link.output.digest} | tried.get(link.name, set())
+        length = lengths.get(link.name, _Lengths({link.output.digest}))
         asked = asked_for[link.name] if link.name in LENGTHS else link.settings
         views.append(
             _View(
@@ -301,9 +332,10 @@ def _views(run: RLHFRun, observed: Observed) -> list[_View]:
                 exists=str(link.output) in observed.artifacts or (link.taken and not observed.store_asked),
                 ready=all(str(ref) in observed.artifacts for ref in link.inputs.values()),
                 attempts=attempts,
-                counted=[a for a in attempts if a.digest in digests and a.started >= observed.asked_at],
+                counted=[a for a in attempts if a.digest in length.digests and a.started >= observed.asked_at],
                 asked=asked,
                 steps=ladder(link.name, asked, run.spec.gpu.shorten_on_out_of_memory),
+                least=length.steps,
                 store_known=observed.store_problem is None and observed.damage is None,
                 refused=observed.refused.get(link.name),
                 held=observed.held.get(link.name),
@@ -418,9 +450,8 @@ def _next_number(view: _View) -> int:
 
 
 def _next_link(view: _View) -> Link:
-    """The link with the settings of its next attempt: one step down for each that ran out of memory."""
-    settings = stepped_down(view.steps, view.asked, _out_of_memory(view.counted))
-    return replace(view.link, settings=settings)
+    """The link with the settings of its next attempt."""
+    return replace(view.link, settings=stepped_down(view.steps, view.asked, view.down(view.counted)))
 
 
 def _out_of_memory(attempts: Iterable[Attempt]) -> int:
@@ -515,7 +546,7 @@ def _stage_status(view: _View, observed: Observed, suspend: bool, failure: Stage
         metrics=_metrics(view, observed, last),
         failure=reason.failure if reason and not view.exists else None,
         message=message,
-        lowered=told(view.steps, _out_of_memory(view.counted[:-1])),
+        lowered=told(view.steps, view.down(view.counted[:-1])),
     )
 
 

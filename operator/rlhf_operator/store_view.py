@@ -102,7 +102,7 @@ class StoreView:
             self._prove(health, store, START_SECONDS if to_start else PROBE_SECONDS)
             if found is None or found.token != token or (to_start and self._is_old(found)):
                 artifacts = self._artifacts(store)
-                now, links = self._monotonic(), chain(shortened(run, {}, attempts, asked_at), {})
+                now, links = self._monotonic(), chain(shortened(run, {}, attempts, asked_at, run.status), {})
                 found = _Found(token, now, observe_store(links, artifacts))
         except IntegrityError as error:
             return StoreSeen(known, damage=str(error))

@@ -167,6 +167,19 @@ def test_a_run_that_may_be_shortened_ends_with_the_artifacts_of_the_shorter_one(
     assert bench.began() == []
 
 
+def test_running_again_keeps_what_was_made_at_a_shorter_length(bench: "Bench") -> None:
+    run = {
+        "ppo": {"batchSize": 1, "microBatchSize": 1, "responseTokens": 128},
+        "gpu": {"shortenOnOutOfMemory": True},
+    }
+    bench.have(*SHORT[:3])
+    bench.misbehave(ppo=["outOfMemory"], evaluate=["user"])
+    assert bench.run(clock=hurried_clock().__next__, **run).phase == "Failed"
+    bench.misbehave()
+    assert bench.run(**run).phase == "Succeeded"
+    assert bench.began() == ["evaluate"]
+
+
 def test_running_again_after_a_failure_continues(bench: "Bench") -> None:
     bench.have(*SHORT[:2])
     bench.misbehave(reward=["user"])

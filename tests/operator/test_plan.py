@@ -294,6 +294,41 @@ def test_a_shorter_length_is_another_address_that_a_run_of_that_length_shares() 
     assert (shown.state, shown.lowered, shown.artifact) == ("Succeeded", told, str(short["sft"].output))
 
 
+def test_what_was_made_at_a_shorter_length_stays_when_the_run_is_resumed() -> None:
+    gpu = {"shortenOnOutOfMemory": True}
+    run, suspended = resource(**LADDER, gpu=gpu), resource(suspend=True, **LADDER, gpu=gpu)
+    shorter = resource(sft={**LADDER["sft"], "sequenceLength": 128}, gpu=gpu)
+    long, short = ({link.name: link for link in chain(each, {})} for each in (run, shorter))
+    between = next(
+        link for link in chain(resource(sft={**LADDER["sft"], "sequenceLength": 256}), {}) if link.name == "sft"
+    )
+    tried = [long["sft"].output.digest] * 3 + [between.output.digest]
+    made = [replace(failed("sft", "outOfMemory", n), digest=digest) for n, digest in enumerate(tried, 1)]
+    made.append(replace(attempt("sft", 5, finished=950.0, exit_code=0), digest=short["sft"].output.digest))
+    seen = Observed(artifacts={str(short[name].output): {} for name in ALL[:7]}, attempts={"sft": made})
+    before = plan(suspended, replace(seen, status=plan(run, seen, NOW).status), NOW).status
+    resumed = replace(seen, asked_at=960.0, status=before)
+    for _ in range(2):
+        decided = plan(run, resumed, NOW)
+        [action] = decided.actions
+        assert isinstance(action, Start)
+        assert action.link.output == short["reward"].output
+        shown = next(stage for stage in decided.status.stages if stage.name == "sft")
+        told = "microBatchSize 1 instead of 4 and sequenceLength 128 instead of 512"
+        assert (shown.state, shown.lowered, shown.artifact) == ("Reused", told, str(short["sft"].output))
+        resumed = replace(resumed, status=decided.status)
+    assert starts(plan(resource(**LADDER), resumed, NOW)) == {"sft"}  # shorter ones are not wanted any more
+
+
+def test_what_was_not_finished_at_a_shorter_length_begins_anew_when_the_run_is_resumed() -> None:
+    run = resource(**LADDER, gpu={"shortenOnOutOfMemory": True})
+    links = {link.name: link for link in chain(run, {})}
+    made = [replace(failed("sft", "outOfMemory", n), digest=links["sft"].output.digest) for n in (1, 2, 3)]
+    seen = Observed(artifacts={str(links[name].output): {} for name in ALL[:5]}, attempts={"sft": made})
+    resumed = replace(seen, asked_at=960.0, status=plan(run, seen, NOW).status)
+    assert plan(run, resumed, NOW).actions == (Start(links["sft"], 4),)
+
+
 def test_asking_again_forgives_earlier_failures_but_not_their_numbers() -> None:
     seen = Observed(attempts={"import-model": [failed("import-model", "user")]}, asked_at=960.0)
     assert plan(resource(), seen, NOW).actions == (Start(LINKS["import-model"], 2),)

@@ -243,7 +243,7 @@ def test_a_pod_that_is_gone_before_its_job_has_ended_was_heard(world: World) -> 
     assert "StageFailed" not in world.reasons()
 
 
-def test_lengths_that_memory_left_stay_when_the_pods_that_ran_out_of_it_are_gone(world: World) -> None:
+def test_lengths_that_memory_left_stay_when_pods_are_gone_and_when_the_run_is_resumed(world: World) -> None:
     ppo = {"batchSize": 8, "microBatchSize": 1, "rolloutBatchSize": 8, "responseTokens": 128}
     spec: Document = {"gpu": {"shortenOnOutOfMemory": True}, "ppo": ppo}
     world.apply(**spec)
@@ -262,9 +262,21 @@ def test_lengths_that_memory_left_stay_when_the_pods_that_ran_out_of_it_are_gone
     assert "activeDeadlineSeconds" not in job["spec"]
     ppo = next(stage for stage in world.status().stages if stage.name == "ppo")
     assert (ppo.state, "responseTokens 64 instead of 128" in str(ppo.lowered)) == ("Running", True)
+
+    world.succeed()
+    world.settle()
+    world.apply(**spec, suspend=True)
+    world.settle()
+    world.cluster.end_stopped()
+    world.restart()
+    world.settle()
+    assert world.status().phase == "Suspended"
+    world.cluster.now += 60
+    world.apply(**spec)
     world.finish()
     assert world.status().phase == "Succeeded"
-    assert world.artifacts.find(world.config(job).output)
+    ppo = next(stage for stage in world.status().stages if stage.name == "ppo")
+    assert (ppo.state, ppo.artifact) == ("Reused", str(world.config(job).output))
 
 
 def test_only_what_would_be_lost_with_the_pod_is_written_on_its_job_and_once(world: World) -> None:
