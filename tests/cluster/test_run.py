@@ -100,6 +100,27 @@ def test_a_run_waits_for_a_node_and_says_so(release: Release, first: Any) -> Non
     assert release.jobs("waiting") == {"evaluate": [1]}
 
 
+def test_a_stage_that_asks_for_a_gpu_gets_a_node_with_one_and_says_that_cuda_is_missing(
+    release: Release, first: Any
+) -> None:
+    """The image lies on the labelled node alone: imports are sent there, the GPU stage finds it by what it asks for."""
+    if not release.on_kind:
+        pytest.skip("its GPUs may be real, and the stage then trains")
+    imports = {"spec": {"nodeSelector": GPU_NODE}}
+    templates = {stage: imports for stage in STAGES if stage.startswith("import")}
+    placement = {"nodeSelector": {}, "stagePodTemplates": templates}
+    release.apply("on-gpu", tiny_spec(sft={"steps": 3}, gpu={"count": 1}, placement=placement))
+    release.wait("on-gpu", "Failed", timeout=CHAIN_SECONDS)
+    [pod] = release.pods("on-gpu", "sft")
+    assert "nodeSelector" not in pod["spec"]
+    assert pod["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    node = release.objects.get("nodes", pod["spec"]["nodeName"])
+    assert int(node["status"]["allocatable"]["nvidia.com/gpu"]) > 0
+    assert release.condition("on-gpu", "Failed")["reason"] == "User"
+    assert "gpu.count: 1 asks for a GPU and this machine has none" in release.condition("on-gpu", "Failed")["message"]
+    assert release.jobs("on-gpu") == {"sft": [1]}
+
+
 def test_a_runs_own_wrong_credentials_are_said_before_a_gpu_is_asked_for(release: Release) -> None:
     release.kubectl(
         "create", "secret", "generic", "wrong", "--from-literal=AWS_ACCESS_KEY_ID=nobody",
