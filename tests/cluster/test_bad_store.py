@@ -29,6 +29,8 @@ NOTICED_SECONDS = 90.0  # the operator looks at a run twice a minute, and a requ
 BURST_SECONDS = 40.0
 DISK = 256 << 20
 RATE = 64 << 10  # bytes a second of the slow link
+CRAWL = 8 << 10  # of one on which an upload can be caught half way
+MERGED_WEIGHTS = r"PUT \S*/artifacts/merged-model/\S*\.safetensors"
 POLICY_COMMIT = r"PUT \S*/artifacts/policy/[0-9a-f]{64}/manifest\.json"
 REFUSALS = 10  # one attempt at a commit gives up after eight
 
@@ -152,6 +154,29 @@ def test_a_busy_store_starts_nothing_in_vain(outside: Outside, expected: dict[st
     assert outside.condition("burst", "StoreReady")["status"] == "True"
     assert outside.jobs("burst") == {"ppo": [1], "evaluate": [1]}
     assert outside.contents("burst") == expected
+
+
+def test_an_upload_in_the_middle_of_which_the_store_stops_is_made_again(
+    outside: Outside, expected: dict[str, str]
+) -> None:
+    outside.link.seen.clear()
+    again(outside, "stopped", "merge")
+    outside.running_pod("stopped", "merge", CHAIN_SECONDS)
+    outside.link.slow(CRAWL)
+    upload = outside.until(
+        lambda: outside.link.under_way(MERGED_WEIGHTS), CHAIN_SECONDS, lambda: outside.words("stopped"), every=0.1
+    )
+    outside.minio.stop()
+    try:
+        outside.until(lambda: f"{upload} 0" in outside.link.seen, 60, lambda: "\n".join(outside.link.seen))
+        assert f"{upload} 200" not in outside.link.seen
+    finally:
+        outside.minio.start()
+    outside.link.mend()
+    outside.wait("stopped", timeout=CHAIN_SECONDS)
+    assert f"{upload} 200" in outside.link.seen
+    assert outside.jobs("stopped") == {"merge": [1], "evaluate": [1]}
+    assert outside.contents("stopped") == expected
 
 
 def test_a_slow_link_changes_nothing(outside: Outside, expected: dict[str, str]) -> None:

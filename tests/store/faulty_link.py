@@ -30,7 +30,8 @@ class FaultyLink:
     def __init__(self, store: str, host: str = "127.0.0.1", port: int = 0) -> None:
         self.store = store.removeprefix("http://")
         self.seen: list[str] = []
-        """Requests as they came: "METHOD /path?query status", the status 0 where the connection was cut."""
+        """Requests as they ended: "METHOD /path?query status", the status 0 where the connection was cut."""
+        self._passed: dict[str, float] = {}  # request whose body passes -> the share of it that has passed
         self._server = _Server((host, port), _Handler)
         self._server.link = self
         self.url = f"http://{host}:{self._server.server_port}"
@@ -71,6 +72,10 @@ class FaultyLink:
         """Pass `rate` bytes a second, both ways and all connections together."""
         self._rate = rate
 
+    def under_way(self, only: str) -> str | None:
+        """A matching request, "METHOD /path?query", of whose body a part has passed and a part has yet to."""
+        return next((line for line, share in list(self._passed.items()) if share < 1 and re.search(only, line)), None)
+
     def pace(self, size: int) -> None:
         """Wait until `size` more bytes may pass."""
         if rate := self._rate:
@@ -98,6 +103,7 @@ class FaultyLink:
             for chunk in _chunks(request.rfile.read, sends):
                 self.pace(len(chunk))
                 upstream.send(chunk)
+                self._passed[line] = self._passed.get(line, 0.0) + len(chunk) / length
             if sends < length:
                 return request.cut()
             with upstream.getresponse() as response:
@@ -116,6 +122,7 @@ class FaultyLink:
         except (OSError, http.client.HTTPException):  # one of the two has gone
             return request.cut()
         finally:
+            self._passed.pop(line, None)
             upstream.close()
 
 
