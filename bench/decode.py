@@ -95,14 +95,15 @@ def compare(model: Any, rows: int, arguments: argparse.Namespace, layers: str) -
                 found[way] = 1e3 * (time.perf_counter() - begin) / steps
         finally:
             rollouts.decoder_of = kept
-        print(f"[decode] {layers} rows={rows} {way}: {found[way]:.2f} ms a step, {1e3 * rows / found[way]:.0f} tokens/s; "
+        rate = 1e3 * rows / found[way]
+        print(f"[decode] {layers} rows={rows} {way}: {found[way]:.2f} ms a step, {rate:.0f} tokens/s; "
               f"prefill {prefill:.3f} s, ready {ready:.2f} s, capture {capture:.2f} s, "
               f"peak reserved {torch.cuda.max_memory_reserved() / GIB:.2f} GiB"
               f"{'' if not fused else f', fused={decoder.fused is not None}'}", flush=True)  # fmt: skip
         del decoder, step
     if fused := found.get("fused"):
-        print(f"[ratio] {layers} rows={rows}: "
-              + ", ".join(f"{way} / fused {ms / fused:.2f}" for way, ms in found.items() if way != "fused"))  # fmt: skip
+        ratios = ", ".join(f"{way} / fused {ms / fused:.2f}" for way, ms in found.items() if way != "fused")
+        print(f"[ratio] {layers} rows={rows}: {ratios}", flush=True)
 
 
 def products(model: Any) -> None:
@@ -129,8 +130,8 @@ def products(model: Any) -> None:
             print(f"[product] rows={padded} {shape}: {1e3 * best:.1f} us with {choice.best}; own {1e3 * own:.1f} us")
             total["ours"] += best * count
             total["own"] += own * count
-        print(f"[products] rows={rows}: {total['ours']:.2f} ms for all of a step, the layers' own {total['own']:.2f} ms, "
-              f"ratio {total['own'] / total['ours']:.2f}", flush=True)  # fmt: skip
+        ours, own = total["ours"], total["own"]
+        print(f"[products] rows={rows}: {ours:.2f} ms a step, the layers' own {own:.2f}, ratio {own / ours:.2f}")
 
 
 if __name__ == "__main__":
