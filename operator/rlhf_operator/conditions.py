@@ -60,7 +60,7 @@ def store_ready(
     if problem is not None:
         return _condition("StoreReady", False, "Unavailable", problem)
     if not asked:
-        message = "only the stages have the credentials of spec.objectStore; what they report is believed"
+        message = "spec.objectStore is not the operator's own; what the stages report is believed"
         return Condition(type="StoreReady", status="Unknown", reason="NotAsked", message=message)
     old = next((each for each in before.conditions if each.type == "StoreReady"), None) if before else None
     if old is not None and old.status == "True" and old.message:

@@ -87,8 +87,14 @@ class OperatorSettings:
         return StoreStatus(url=store.url, endpoint=store.endpoint, region=store.region, credentials_secret=secret)
 
     def can_ask(self, asked: ObjectStore) -> bool:
-        """Whether the operator's own credentials are those of the run's store."""
-        return (asked.endpoint or self.endpoint) == self.endpoint and self.secret_of(asked) == self.credentials_secret
+        """Whether a run's store is the operator's own, or a folder of it.
+
+        Elsewhere the operator's credentials may open what the run's do not: who may write runs would read, and with
+        onDelete: Delete remove, what is another's.
+        """
+        own, its = self.store_of(ObjectStore()), self.store_of(asked)
+        within = f"{its.url}/".startswith(f"{own.url}/")
+        return within and its.endpoint == own.endpoint and self.secret_of(asked) == self.credentials_secret
 
 
 class _Reader:
