@@ -54,7 +54,8 @@ class Controller:
         self._reconciler.acted = lambda action: self.metrics.actions.labels(action).inc()
         self._threads = ThreadPoolExecutor(settings.workers + 2, thread_name_prefix="reconcile")
         self._tasks: list[asyncio.Task[None]] = []
-        self._ticked = self._finished = clock()
+        self._began = self._ticked = self._finished = clock()
+        self._waited_since: float | None = None  # when runs began to wait for a worker of this operator
         self._listed = asyncio.Event()
         self._leads = asyncio.Event()  # may lag: who waits for it asks `leadership` again
         self._doubt = asyncio.Event()  # asks for a list of everything
@@ -94,8 +95,10 @@ class Controller:
                 raise RLHFError(f"a task of the operator has ended: {task}")
         if now - self._ticked > STUCK_SECONDS:
             raise RLHFError(f"the Lease has not been looked after for {now - self._ticked:.0f} s")
-        oldest = self.queue.oldest
-        if oldest is not None and now - oldest > STUCK_SECONDS and now - self._finished > STUCK_SECONDS:
+        if not self._listed.is_set() and now - self._began > STUCK_SECONDS:
+            raise RLHFError(f"runs, Jobs and pods could not be listed for {now - self._began:.0f} s; none is looked at")
+        since = [each for each in (self.queue.oldest, self._waited_since) if each is not None]
+        if since and now - max(min(since), self._finished) > STUCK_SECONDS:
             raise RLHFError(f"no look at a run has ended for {now - self._finished:.0f} s, {self.queue.depth} wait")
         return {"leads": self.leadership.leads, "runs": len(self.seen.runs()), "queue": self.queue.depth}
 
@@ -140,6 +143,8 @@ class Controller:
                 log.info("%s %s", self.leadership.identity, "leads" if leads else "waits for the Lease")
             if self.leadership.term != term and self._listed.is_set():
                 self._doubt.set()  # whatever kept it from renewing may have kept events from coming
+            waits = leads and self._listed.is_set() and self.queue.depth > 0
+            self._waited_since = (self._waited_since or self._clock()) if waits else None
             led, term = leads, self.leadership.term
             self.metrics.leads.set(leads)
             self.metrics.queue_depth.set(self.queue.depth)

@@ -15,21 +15,24 @@ from typing import Any
 
 import pytest
 
+from rlhf_api.errors import RLHFError
 from rlhf_operator import controller
-from rlhf_operator.controller import Controller
+from rlhf_operator.controller import STUCK_SECONDS, Controller
 from rlhf_operator.kubernetes_api import NotFound, Unreachable
 from rlhf_operator.leadership import RENEW_WITHIN
 from rlhf_operator.operator_settings import OperatorSettings
+from rlhf_operator.seen import Key
+from rlhf_operator.work_queue import WorkQueue
 
 Document = dict[str, Any]
 SOON = 10.0
 
 
 class SmallApi:
-    """A Lease, RLHFRuns and the status that is written for them. `away`: it does not answer."""
+    """A Lease, RLHFRuns and the status that is written for them. `away`: it does not answer; `lists_fail`: to lists."""
 
     def __init__(self) -> None:
-        self.away = False
+        self.away = self.lists_fail = False
         self.lease: Document | None = None
         self.runs: dict[str, Document] = {}
         self.looked_at: list[str] = []
@@ -37,6 +40,8 @@ class SmallApi:
         self.listed = threading.Event()
         self.let_lists_end = threading.Event()
         self.let_lists_end.set()
+        self.let_writes_end = threading.Event()
+        self.let_writes_end.set()
         self.versions = itertools.count(1)
 
     def request(self, method: str, path: str, body: Document | None = None, **_: Any) -> Document:
@@ -47,6 +52,7 @@ class SmallApi:
         if method == "PATCH":
             name = path.split("/")[-2]
             self.looked_at.append(name)
+            self.let_writes_end.wait(SOON)
             return self._touched(self.runs[name])
         if method == "POST":  # an event
             return {}
@@ -59,6 +65,8 @@ class SmallApi:
         return self.runs[name]
 
     def _list(self, path: str) -> Document:
+        if self.lists_fail:
+            raise Unreachable(path)
         items = list(self.runs.values()) if path.endswith("rlhfruns") else []
         answer = {"metadata": {"resourceVersion": str(next(self.versions))}, "items": copy.deepcopy(items)}
         if path.endswith("rlhfruns"):
@@ -88,17 +96,19 @@ class Clock:
 
 
 @asynccontextmanager
-async def running(api: SmallApi, clock: Clock) -> AsyncIterator[Controller]:
+async def running(api: SmallApi, clock: Clock, wall: Callable[[], float] | None = None) -> AsyncIterator[Controller]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     settings = OperatorSettings(image="pipeline:1", metrics_port=port, workers=2)
-    operator = Controller(settings, api, monotonic=clock)  # type: ignore[arg-type]
+    wall = wall or time.time
+    operator = Controller(settings, api, wall, clock)  # type: ignore[arg-type]
     operator.start()
     try:
-        await until(lambda: operator.leadership.leads and api.lists > 0)
+        await until(lambda: operator.leadership.leads and (api.lists > 0 or api.lists_fail))
         yield operator
     finally:
         api.let_lists_end.set()
+        api.let_writes_end.set()
         await operator.stop()
 
 
@@ -184,4 +194,122 @@ def test_leading_again_asks_for_a_list_even_while_one_is_under_way() -> None:
             await asyncio.sleep(0.5)
             assert api.lists <= 4
 
+    asyncio.run(story())
+
+
+# ---- the probe of liveness ------------------------------------------------------------------------------------------
+
+
+async def later(operator: Controller, wall: Clock) -> None:
+    """Two minutes pass in which the Lease is looked after."""
+    wall.ahead += STUCK_SECONDS + 1
+    since = operator._ticked
+    await until(lambda: operator._ticked > since)
+
+
+def test_an_operator_with_nothing_to_do_is_alive() -> None:
+    async def story() -> None:
+        api, wall = SmallApi(), Clock()
+        async with running(api, Clock(), wall) as operator:
+            operator.heard("run", "ADDED", api.add("one"))
+            await until(lambda: operator.queue.oldest is None and "one" in api.looked_at)
+            await later(operator, wall)
+            operator.heard("run", "MODIFIED", api.add("one"))
+            assert operator.health() == {"leads": True, "runs": 1, "queue": 1}
+
+    asyncio.run(story())
+
+
+def test_a_task_that_has_ended_is_fatal() -> None:
+    async def story() -> None:
+        async with running(SmallApi(), Clock()) as operator:
+            operator._tasks[0].cancel()
+            await until(operator._tasks[0].done)
+            with pytest.raises(RLHFError, match="a task of the operator has ended"):
+                operator.health()
+
+    asyncio.run(story())
+
+
+def test_a_lease_that_nobody_looks_after_is_fatal() -> None:
+    async def story() -> None:
+        wall = Clock()
+        async with running(SmallApi(), Clock(), wall) as operator:
+            operator.health()
+            wall.ahead += STUCK_SECONDS + 1
+            with pytest.raises(RLHFError, match="Lease has not been looked after"):
+                operator.health()
+
+    asyncio.run(story())
+
+
+def test_a_look_that_does_not_end_is_fatal() -> None:
+    async def story() -> None:
+        api, wall = SmallApi(), Clock()
+        async with running(api, Clock(), wall) as operator:
+            api.let_writes_end.clear()
+            operator.heard("run", "ADDED", api.add("stuck"))
+            await until(lambda: "stuck" in api.looked_at)
+            operator.health()
+            await later(operator, wall)
+            with pytest.raises(RLHFError, match=r"no look at a run has ended for 12\d s, 0 wait"):
+                operator.health()
+
+    asyncio.run(story())
+
+
+def test_a_first_list_that_never_comes_is_fatal() -> None:
+    async def story() -> None:
+        api, wall = SmallApi(), Clock()
+        api.lists_fail = True
+        async with running(api, Clock(), wall) as operator:
+            operator.heard("run", "ADDED", api.add("unseen"))
+            operator.health()
+            await later(operator, wall)
+            with pytest.raises(RLHFError, match="could not be listed"):
+                operator.health()
+
+    asyncio.run(story())
+
+
+def test_a_list_that_fails_after_the_first_is_not() -> None:
+    async def story() -> None:
+        api, wall = SmallApi(), Clock()
+        async with running(api, Clock(), wall) as operator:
+            await until(operator._listed.is_set)
+            api.lists_fail = True
+            operator._doubt.set()
+            await later(operator, wall)
+            operator.health()
+
+    asyncio.run(story())
+
+
+def test_runs_that_wait_while_no_worker_takes_them_are_fatal_where_this_operator_leads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def never(self: WorkQueue) -> Key:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def story() -> None:
+        api, wall = SmallApi(), Clock()
+        async with running(api, Clock(), wall) as operator:
+            await until(operator._listed.is_set)
+            operator.heard("run", "ADDED", api.add("waits"))
+            await until(lambda: operator._waited_since is not None)
+            operator.health()
+            await later(operator, wall)
+            with pytest.raises(RLHFError, match=r"no look at a run has ended for 12\d s, 1 wait"):
+                operator.health()
+            assert api.lease is not None
+            mine, api.lease = api.lease, copy.deepcopy(api.lease)
+            api.lease["spec"]["holderIdentity"] = "another"
+            await until(lambda: operator._waited_since is None)
+            operator.health()
+            api.lease = mine
+            await until(lambda: operator._waited_since is not None)
+            operator.health()  # it leads again, as of now
+
+    monkeypatch.setattr(WorkQueue, "take", never)
     asyncio.run(story())
