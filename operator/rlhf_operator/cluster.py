@@ -4,8 +4,6 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Final
 
-import urllib3
-
 from rlhf_api.names import (
     ANNOTATION_OUTCOME,
     ANNOTATION_STOPPED,
@@ -45,7 +43,6 @@ class KubernetesCluster:
         self, api: KubernetesApi, seen: Seen, namespaces: Sequence[str], may_write: Callable[[], None]
     ) -> None:
         self._api, self._seen, self._namespaces, self._may_write = api, seen, namespaces, may_write
-        self._pods = urllib3.PoolManager(num_pools=64, maxsize=1)
 
     def run(self, namespace: str, name: str) -> Document | None:
         return self._seen.run((namespace, name))
@@ -58,7 +55,9 @@ class KubernetesCluster:
 
     def create_job(self, job: Document) -> None:
         self._may_write()
-        created = self._api.request("POST", _path("job", job["metadata"]["namespace"]), job)
+        # Strict: a pod template's field that there is not would be dropped, and the run do without what it asked for.
+        strict = {"fieldValidation": "Strict"}
+        created = self._api.request("POST", _path("job", job["metadata"]["namespace"]), job, strict)
         self._seen.put("job", created)
 
     def stop_job(self, job: Document, now: float) -> None:
@@ -132,7 +131,7 @@ class KubernetesCluster:
         address = pod.get("status", {}).get("podIP")
         if not address or container_ended(pod, STAGE_CONTAINER):
             return None
-        return progress_from(self._pods, address, stage)
+        return progress_from(address, stage)
 
     def _patch_job(self, job: Document, patch: Document) -> None:
         self._may_write()

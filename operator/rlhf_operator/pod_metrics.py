@@ -1,8 +1,9 @@
 """How far a stage's pod is, read from the metrics that it serves."""
 
+import socket
+import time
 from typing import Final
 
-import urllib3
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
 
@@ -18,22 +19,36 @@ from rlhf_api.names import (
 )
 from rlhf_api.stage import Progress
 
-TIMEOUT: Final = urllib3.Timeout(connect=0.5, read=2)
+CONNECT_SECONDS: Final = 0.5
+SECONDS: Final = 2.5  # in all: a pod that drips must not hold a worker
 MOST_BYTES: Final = 1 << 20  # a stage serves a few kilobytes
 
 
-def progress_from(pool: urllib3.PoolManager, address: str, stage: str) -> Progress | None:
-    """What the pod at an IP address says of its stage; None if it does not answer, or with something else."""
-    host = f"[{address}]" if ":" in address else address
+def progress_from(address: str, stage: str, port: int = METRICS_PORT) -> Progress | None:
+    """What the pod at an IP address says of its stage; None if it does not answer in time, or with something else."""
     try:
-        response = pool.request(
-            "GET", f"http://{host}:{METRICS_PORT}/metrics", timeout=TIMEOUT, retries=False, preload_content=False
-        )
-        with response:
-            page = response.read(MOST_BYTES)
-    except urllib3.exceptions.HTTPError:
+        page = _page(address, port)
+    except OSError:
         return None
-    return parsed(page.decode(errors="replace"), stage) if response.status == 200 else None
+    head, _, body = page.partition(b"\r\n\r\n")
+    return parsed(body.decode(errors="replace"), stage) if head.split()[1:2] == [b"200"] else None
+
+
+def _page(address: str, port: int) -> bytes:
+    """The answer with its head. By hand, since clients bound the time of each read and not that of all.
+
+    Raises OSError if it does not end in time or within MOST_BYTES.
+    """
+    deadline = time.monotonic() + SECONDS
+    with socket.create_connection((address, port), CONNECT_SECONDS) as connection:
+        connection.sendall(b"GET /metrics HTTP/1.0\r\nHost: stage\r\n\r\n")
+        page = bytearray()
+        while len(page) <= MOST_BYTES and (left := deadline - time.monotonic()) > 0:
+            connection.settimeout(left)
+            if not (data := connection.recv(MOST_BYTES)):
+                return bytes(page)
+            page += data
+    raise OSError(f"no end of the metrics of {address} within {SECONDS:g} s and {MOST_BYTES} bytes")
 
 
 def parsed(page: str, stage: str) -> Progress | None:

@@ -1,17 +1,23 @@
 """The parts around the reconcile: the queue, the Lease, what was seen, the metrics of a pod, the events."""
 
 import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, generate_latest, start_http_server
 
 from rlhf_api import names
 from rlhf_api.run import Condition, RunStatus, StageStatus
+from rlhf_operator import pod_metrics
 from rlhf_operator.kubernetes_api import AlreadyExists, ApiError, Conflict, NotFound
 from rlhf_operator.leadership import LEASE_SECONDS, RENEW_WITHIN, Leadership
 from rlhf_operator.operator_metrics import OperatorMetrics
-from rlhf_operator.pod_metrics import parsed
+from rlhf_operator.pod_metrics import parsed, progress_from
 from rlhf_operator.run_events import events_between
 from rlhf_operator.seen import Seen
 from rlhf_operator.work_queue import MAX_RETRY_SECONDS, WorkQueue
@@ -270,6 +276,74 @@ def test_progress_is_read_from_a_page_of_metrics() -> None:
 )
 def test_a_page_of_something_else_is_no_progress(page: str) -> None:
     assert parsed(page, "ppo") is None
+
+
+@contextmanager
+def serving(answer: Callable[[socket.socket], None]) -> Iterator[int]:
+    """The port of something that takes one connection and deals with it as `answer` does."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with server.accept()[0] as connection, suppress(OSError):
+                connection.recv(1 << 16)
+                answer(connection)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield server.getsockname()[1]
+        thread.join()
+
+
+def test_progress_is_read_over_http() -> None:
+    registry = CollectorRegistry()
+    for name in (names.METRIC_STEP, names.METRIC_STEPS):
+        Gauge(name, "x", registry=registry).set(3)
+    server, thread = start_http_server(0, "127.0.0.1", registry)
+    try:
+        found = progress_from("127.0.0.1", "ppo", server.server_port)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    assert found is not None
+    assert (found.step, found.total) == (3, 3)
+
+
+@pytest.mark.parametrize("head", [b"", b"HTTP/1.0 200 OK\r\n\r\n"], ids=["head", "body"])
+def test_a_pod_that_drips_holds_nobody_for_long(head: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pod_metrics, "SECONDS", 0.5)
+
+    def drip(connection: socket.socket) -> None:
+        connection.sendall(head)
+        while True:
+            connection.sendall(b"#")
+            time.sleep(0.05)
+
+    began = time.monotonic()
+    with serving(drip) as port:
+        assert progress_from("127.0.0.1", "ppo", port) is None
+        assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"HTTP/1.0 404 Not Found\r\n\r\nrlhf_stage_step 1\nrlhf_stage_steps 3\n",
+        b"rlhf_stage_step 1\nrlhf_stage_steps 3\n",
+        b"HTTP/1.0 200 OK\r\n\r\n" + b"# much\n" * (1 << 18),
+    ],
+    ids=["nothing", "refusal", "no HTTP", "too much"],
+)
+def test_an_answer_of_another_kind_is_no_progress(answer: bytes) -> None:
+    with serving(lambda connection: connection.sendall(answer)) as port:
+        assert progress_from("127.0.0.1", "ppo", port) is None
+
+
+def test_nobody_there_is_no_progress() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    assert progress_from("127.0.0.1", "ppo", port) is None
 
 
 def test_runs_are_counted_by_phase() -> None:
