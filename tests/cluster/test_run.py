@@ -1,15 +1,51 @@
 """A run from `helm install` to a report: every stage in a pod of its own, on the labelled node, through the store."""
 
 import base64
+import io
 import json
 from typing import Any
 
 import pytest
-from release import BUCKET, GPU_NODE, STAGES, STORE_SECRET, Release, tiny_spec
+from release import BUCKET, GPU_NODE, PREFIX, STAGES, STORE_SECRET, Release, tiny_spec
 
 pytestmark = pytest.mark.timeout(1500)
 
 CHAIN_SECONDS = 900.0  # a calm machine needs a fifth
+
+# In a stage's pod, with what it has: which keys of which buckets it may read and write, and whether MinIO obeys it.
+PRY = """
+import io, json, os, sys
+from minio import Minio, MinioAdmin
+from minio.credentials import StaticProvider
+from minio.error import MinioAdminException, S3Error
+endpoint, *places = sys.argv[1:]
+keys = os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
+store = Minio(endpoint, *keys, secure=False)
+admin = MinioAdmin(endpoint=endpoint, credentials=StaticProvider(*keys), secure=False)
+def tried(attempt):
+    try:
+        attempt()
+    except (S3Error, MinioAdminException) as error:
+        assert "AccessDenied" in str(error), error
+        return False
+    return True
+attempts = {"users": admin.user_list, "a user": lambda: admin.user_add("mine", "mine-mine"),
+            "a bucket": lambda: store.make_bucket("mine")}
+for place in places:
+    bucket, key = place.split("/", 1)
+    folder = key.rsplit("/", 1)[0] + "/"
+    attempts |= {
+        f"list {place}": lambda b=bucket, f=folder: list(store.list_objects(b, f)),
+        f"read {place}": lambda b=bucket, k=key: store.stat_object(b, k),
+        f"write {place}": lambda b=bucket, k=key: store.put_object(b, k, io.BytesIO(b"1"), 1),
+        f"delete {place}": lambda b=bucket, k=key: store.remove_object(b, k),
+    }
+print(json.dumps([name for name, attempt in attempts.items() if tried(attempt)]))
+"""
+SOURCE = f"{BUCKET}/sources/prize"
+RELEASES = f"{BUCKET}/{PREFIX}/prize"
+APART = f"{BUCKET}/apart/prize"
+OTHER_BUCKET = "other/runs/prize"
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +197,37 @@ def test_a_stage_has_no_way_into_the_api_server(release: Release, first: Any) ->
     said = release.kubectl("exec", pod, "--", "python", "-c", script).stdout.strip()
     release.kubectl("delete", "rlhfrun", "curious")
     assert said in ("401", "403", "unreachable")
+
+
+def pried_open(release: Release, pod: str) -> set[str]:
+    """What a stage's pod can do to the store, of all that it should not be able to do and some that it should."""
+    places = (SOURCE, RELEASES, APART, OTHER_BUCKET)
+    with release.store() as store:
+        for place in places:
+            bucket, key = place.split("/", 1)
+            if not store.bucket_exists(bucket):
+                store.make_bucket(bucket)
+            store.put_object(bucket, key, io.BytesIO(b"1"), 1)
+    said = release.kubectl("exec", pod, "--", "python", "-c", PRY, f"{release.store_name}:9000", *places)
+    return set(json.loads(said.stdout))
+
+
+def everything(place: str) -> set[str]:
+    return {f"{action} {place}" for action in ("list", "read", "write", "delete")}
+
+
+def test_a_stages_keys_open_the_prefix_of_its_release_and_nothing_else(release: Release, first: Any) -> None:
+    release.apply("prying", tiny_spec(ppo={"klCoefficient": 0.16}))
+    pod = release.running_pod("prying", "ppo")
+    found = pried_open(release, pod)
+    release.kubectl("delete", "rlhfrun", "prying")
+    assert found == {f"list {SOURCE}", f"read {SOURCE}", *everything(RELEASES)}
+
+
+def test_a_run_with_keys_of_its_own_is_apart_from_the_others(release: Release) -> None:
+    release.install("minio.users[0].secret=apart", "minio.users[0].prefix=apart")
+    release.apply("apart", tiny_spec(objectStore={"prefix": "apart", "credentialsSecret": "apart"}))
+    pod = release.running_pod("apart", "ppo", CHAIN_SECONDS)
+    assert pried_open(release, pod) == {f"list {SOURCE}", f"read {SOURCE}", *everything(APART)}
+    release.wait("apart", timeout=CHAIN_SECONDS)
+    assert release.jobs("apart") == {stage: [1] for stage in STAGES}
