@@ -88,8 +88,11 @@ EXIT_CODES: Final = {
 
 
 def job_name(run: str, stage: str, attempt: int) -> str:
-    """The name of the Job of one attempt: the same for the same attempt, and 63 characters at most."""
-    name = f"{run}-{stage}-{attempt}"
+    """The name of the Job of one attempt: the same for the same attempt, another for any other; 63 characters at most.
+
+    A run may have two hyphens in a row in its name, a stage has none: the last two part the run from its stage.
+    """
+    name = f"{run}--{stage}-{attempt}"
     if len(name) <= MAX_NAME:
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]

@@ -53,6 +53,12 @@ class KubernetesCluster:
     def pods(self, namespace: str, run: str) -> list[Document]:
         return self._seen.of_run("pod", (namespace, run))
 
+    def job(self, namespace: str, name: str) -> Document | None:
+        try:
+            return self._api.request("GET", f"{_path('job', namespace)}/{name}")
+        except NotFound:
+            return None
+
     def create_job(self, job: Document) -> None:
         self._may_write()
         # Strict: a pod template's field that there is not would be dropped, and the run do without what it asked for.

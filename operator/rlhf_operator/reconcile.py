@@ -47,6 +47,9 @@ class Cluster(Protocol):
     def pods(self, namespace: str, run: str) -> list[Document]:
         """The pods with the run's label."""
 
+    def job(self, namespace: str, name: str) -> Document | None:
+        """The Job of that name, whoever made it, as it is now and not as it was last seen."""
+
     def create_job(self, job: Document) -> None:
         """Create a Job. Raises AlreadyExists, Invalid, Denied, or another ApiError."""
 
@@ -274,9 +277,15 @@ class Reconciler:
     def _start(self, run: RLHFRun, action: Start, observed: Observed, memory: _Memory) -> bool:
         stage, held = action.link.name, memory.held.get(action.link.name)
         try:
-            self._cluster.create_job(stage_job(run, action.link, action.number, self._settings, observed.asked_at))
-        except AlreadyExists:  # made by the operator before this one, or not seen yet
-            return False
+            job = stage_job(run, action.link, action.number, self._settings, observed.asked_at)
+            self._cluster.create_job(job)
+        except AlreadyExists:
+            there = self._cluster.job(job["metadata"]["namespace"], job["metadata"]["name"])
+            if there is None or _owner(there) == run.metadata.uid:
+                return False  # made by the operator before this one, or not seen yet
+            memory.held[stage] = _name_taken(there)
+            self.acted("held")
+            return held != memory.held[stage]
         except (UserError, Invalid) as error:
             memory.refused[stage] = str(error)
             self.acted("refused")
@@ -323,8 +332,20 @@ def merge_patch(old: Mapping[str, Any], new: Mapping[str, Any]) -> Document:
 
 
 def _owner(document: Document) -> str | None:
-    owners = document["metadata"].get("ownerReferences", [])
-    return next((owner["uid"] for owner in owners if owner.get("controller")), None)
+    controller = _controller(document)
+    return controller["uid"] if controller else None
+
+
+def _controller(document: Document) -> Document | None:
+    owners: list[Document] = document["metadata"].get("ownerReferences", [])
+    return next((owner for owner in owners if owner.get("controller")), None)
+
+
+def _name_taken(job: Document) -> Hold:
+    owner = _controller(job)
+    whose = f"{owner['kind']} {owner['name']} (uid {owner['uid']})" if owner else "nobody"
+    message = f"the Job {job['metadata']['name']} of {whose} has the name that this run's would have"
+    return Hold("NameTaken", f"{message}; it waits until that one is gone")
 
 
 def _status_in(document: Document) -> RunStatus | None:

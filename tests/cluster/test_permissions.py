@@ -14,13 +14,13 @@ from bare_plane import BarePlane, OperatorProcess, api_of, drop_lease, until
 from rendered_chart import one, rendered
 from stage_player import NOBODY, StagePlayer
 
-from rlhf_api.names import API_VERSION, GROUP, KIND, LABEL_RUN, PLURAL, VERSION
+from rlhf_api.names import API_VERSION, GROUP, KIND, LABEL_RUN, PLURAL, VERSION, job_name
 from rlhf_operator.kubernetes_api import KubernetesApi, NotFound
 
 pytestmark = pytest.mark.timeout(600)
 
 SECONDS = 120.0
-RUNS = ("plain", "paused", "cleaned", "brief", "stage-pods")
+RUNS = ("plain", "paused", "cleaned", "brief", "taken", "stage-pods")
 RELEASE = ("ServiceAccount", "Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding", "Lease")
 
 Document = dict[str, Any]
@@ -72,6 +72,11 @@ class Installed:
             return bool(run.get("status", {}).get("phase") == phase)
 
         until(found, SECONDS, lambda: f"{name} is not {phase}\n{self.operator.last_lines()}")
+
+    def waits_for(self, name: str) -> str | None:
+        """The reason that the run's condition Progressing gives."""
+        conditions = self.api.request("GET", self.path(name)).get("status", {}).get("conditions", [])
+        return next((each["reason"] for each in conditions if each["type"] == "Progressing"), None)
 
     def until_gone(self, name: str) -> None:
         def gone() -> bool:
@@ -161,20 +166,24 @@ def installed(
 
 
 def test_no_permission_lacks_and_none_is_unused(installed: Installed) -> None:
-    """Runs that end, are suspended and resumed, go with their artifacts or by their age; and a lost Lease."""
+    """Runs that end, wait for a name, are suspended and resumed, go with their artifacts or by their age; a lost Lease."""
     with StagePlayer(installed.plane.kubeconfig) as player:
         player.held |= {"reward"}
         installed.apply("plain")
         installed.apply("paused")
         installed.apply("cleaned", artifacts={"onDelete": "Delete"})
         installed.apply("brief", ttlSecondsAfterFinished=1)
+        theirs = _take_name_of(installed, job_name("taken", "import-model", 1))
+        installed.apply("taken")
+        until(lambda: installed.waits_for("taken") == "NameTaken", SECONDS, installed.operator.last_lines)
+        installed.api.request("DELETE", theirs)
         until(lambda: _job(installed, "paused", "reward"), SECONDS, installed.operator.last_lines)
         installed.patch("paused", {"suspend": True})
         installed.until_phase("paused", "Suspended")
         player.held.clear()
         drop_lease(installed.api, installed.namespace)
         installed.patch("paused", {"suspend": False})
-        for name in ("plain", "paused", "cleaned"):
+        for name in ("plain", "paused", "cleaned", "taken"):
             installed.until_phase(name, "Succeeded")
         installed.api.request("DELETE", installed.path("cleaned"))
         installed.until_gone("cleaned")
@@ -221,3 +230,13 @@ def _job(installed: Installed, run: str, stage: str) -> bool:
     path = f"/apis/batch/v1/namespaces/{installed.place(run)}/jobs"
     query = {"labelSelector": f"{LABEL_RUN}={run},rlhf.dev/stage={stage}"}
     return bool(installed.api.request("GET", path, query=query)["items"])
+
+
+def _take_name_of(installed: Installed, job: str) -> str:
+    """Make a Job of nobody by that name, beside the run "taken"; returns its path."""
+    container = {"name": "idle", "image": "none"}
+    template = {"spec": {"restartPolicy": "Never", "containers": [container]}}
+    document = {"metadata": {"name": job}, "spec": {"suspend": True, "template": template}}
+    jobs = f"/apis/batch/v1/namespaces/{installed.place('taken')}/jobs"
+    installed.api.request("POST", jobs, document)
+    return f"{jobs}/{job}"

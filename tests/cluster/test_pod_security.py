@@ -193,7 +193,7 @@ def test_a_template_that_the_level_forbids_is_said_in_the_runs_conditions(
         try:
             until(lambda: condition()[0] == "NoPod", 90, lambda: f"{condition()}\n{operator.last_lines()}")
             _, message = condition()
-            assert message.startswith("import-model: the Job bad-import-model-1 has no pod")
+            assert message.startswith("import-model: the Job bad--import-model-1 has no pod")
             assert "Pod Security" in message
             assert operator.runs
             assert len([write for write in between.writes if "/jobs" in write]) == 1, between.writes

@@ -67,6 +67,9 @@ class SmallCluster:
     def pods(self, namespace: str, run: str) -> list[Document]:
         return self._read(lambda: [pod for pod in self.pods_.values() if pod["metadata"]["labels"][LABEL_RUN] == run])
 
+    def job(self, namespace: str, name: str) -> Document | None:
+        return self._read(lambda: self.jobs_.get(name))
+
     def create_job(self, job: Document) -> None:
         def create() -> None:
             name = job["metadata"]["name"]

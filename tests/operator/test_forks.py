@@ -67,7 +67,7 @@ def test_a_fork_runs_only_what_it_does_not_take_over(world: World) -> None:
         "reward": True,
         "ppo": False,
     }
-    [ppo] = [job for name, job in world.cluster.jobs_.items() if name.startswith("fork-ppo")]
+    [ppo] = [job for name, job in world.cluster.jobs_.items() if name.startswith("fork--ppo")]
     assert str(world.config(ppo).inputs["reward"]) == original["reward"]
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from rlhf_api.errors import UserError
-from rlhf_api.names import ENV_STAGE_CONFIG, LABEL_QUEUE, LABEL_STAGE, job_name
+from rlhf_api.names import ENV_STAGE_CONFIG, LABEL_QUEUE, LABEL_STAGE, STAGE_NAMES, job_name
 from rlhf_api.run import ObjectStore, RLHFRun
 from rlhf_api.stage import StageConfig
 from rlhf_operator.jobs import stage_job
@@ -222,12 +222,18 @@ def test_an_overlay_merges_by_name_removes_with_null_and_leaves_its_base_alone()
     assert base["env"] == [{"name": "a", "value": "1"}, {"name": "b", "value": "2"}]
 
 
+@pytest.mark.parametrize(("run", "other"), [("x", "x-import"), ("x-import-sft-1", "x"), ("x--import", "x")])
+def test_a_run_whose_name_ends_like_a_stage_shares_no_job(run: str, other: str) -> None:
+    names = [job_name(name, stage, n) for name in (run, other) for stage in STAGE_NAMES for n in (1, 11)]
+    assert len(set(names)) == len(names)
+
+
 def test_names_of_jobs_are_short_differ_and_stay_the_same() -> None:
     long = "r" * 52
     names = {job_name(long, stage, number) for stage in ("import-preferences", "ppo") for number in (1, 2, 10)}
     assert len(names) == 6
     assert all(len(name) <= 63 and name.startswith("rrr") for name in names)
-    assert job_name("run", "ppo", 2) == "run-ppo-2"
+    assert job_name("run", "ppo", 2) == "run--ppo-2"
     assert job_name(long, "import-preferences", 2) == job_name(long, "import-preferences", 2)
 
 

@@ -461,10 +461,10 @@ def test_nothing_starts_while_the_store_is_away_and_a_success_is_not_doubted() -
 
 def test_a_pod_that_waits_for_a_node_is_pending_until_it_runs() -> None:
     waits = Hold("Unschedulable", "0/3 nodes are available")
-    seen = Observed(attempts={"import-model": [attempt("import-model", job="run-import-model-1", held=waits)]})
+    seen = Observed(attempts={"import-model": [attempt("import-model", job="run--import-model-1", held=waits)]})
     decided = plan(resource(), seen, NOW)
     assert (decided.status.phase, decided.status.stages[0].state) == ("Pending", "Pending")
-    assert decided.status.stages[0].job == "run-import-model-1"
+    assert decided.status.stages[0].job == "run--import-model-1"
     assert condition_of(decided.status, "Progressing") == (
         "True", "Unschedulable", "import-model: 0/3 nodes are available",
     )  # fmt: skip

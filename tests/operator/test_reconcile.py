@@ -11,6 +11,7 @@ from rlhf_api.names import (
     ANNOTATION_OUTCOME,
     ANNOTATION_STOPPED,
     EXIT_INTERRUPTED,
+    LABEL_RUN,
     LABEL_STAGE,
     STAGE_NAMES,
 )
@@ -31,11 +32,11 @@ def world(tmp_path: Path) -> World:
 def test_a_run_goes_from_stage_to_stage_with_one_job_each(world: World) -> None:
     world.apply()
     world.finish()
-    assert list(world.cluster.jobs_) == [f"run-{stage}-1" for stage in STAGES_OF_RUN]
+    assert list(world.cluster.jobs_) == [f"run--{stage}-1" for stage in STAGES_OF_RUN]
     assert world.status().phase == "Succeeded"
     assert set(world.states().values()) == {"Succeeded"}
     ppo = next(stage for stage in world.status().stages if stage.name == "ppo")
-    assert (ppo.attempt, ppo.job, ppo.metrics) == (1, "run-ppo-1", {"loss": 0.5})
+    assert (ppo.attempt, ppo.job, ppo.metrics) == (1, "run--ppo-1", {"loss": 0.5})
     assert world.status().observed_generation == 1
     for stage in STAGES_OF_RUN:
         told = [event.reason for event in world.cluster.events if event.message.startswith(f"{stage}:")]
@@ -110,7 +111,7 @@ def test_a_status_write_on_old_news_is_refused_and_nothing_is_started(world: Wor
     assert not world.cluster.jobs_
     world.cluster.run = real  # type: ignore[method-assign]
     world.settle()
-    assert list(world.cluster.jobs_) == ["run-import-model-1"]
+    assert list(world.cluster.jobs_) == ["run--import-model-1"]
 
 
 def test_a_job_that_is_not_seen_yet_is_not_made_twice(world: World) -> None:
@@ -119,7 +120,27 @@ def test_a_job_that_is_not_seen_yet_is_not_made_twice(world: World) -> None:
     world.cluster.jobs = lambda namespace, run: []  # type: ignore[method-assign]
     world.look()
     world.look()
-    assert list(world.cluster.jobs_) == ["run-import-model-1"]
+    assert list(world.cluster.jobs_) == ["run--import-model-1"]
+    assert world.conditions()["Progressing"][1] != "NameTaken"
+
+
+def test_a_job_of_somebody_else_by_that_name_is_waited_for_and_told(world: World) -> None:
+    owner = {"kind": "RLHFRun", "name": "other", "uid": "other", "controller": True}
+    theirs = {"name": "run--import-model-1", "labels": {LABEL_RUN: "other"}, "ownerReferences": [owner]}
+    world.cluster.jobs_["run--import-model-1"] = {"metadata": theirs, "spec": {}}
+    world.apply()
+    world.settle()
+    assert world.states()["import-model"] == "Pending"
+    _, reason, message = world.conditions()["Progressing"]
+    assert reason == "NameTaken"
+    assert "the Job run--import-model-1 of RLHFRun other (uid other)" in message
+    theirs["ownerReferences"] = []
+    world.look()
+    world.settle()
+    assert "the Job run--import-model-1 of nobody" in world.conditions()["Progressing"][2]
+    world.cluster.jobs_.clear()
+    world.finish()
+    assert world.status().phase == "Succeeded"
 
 
 def test_nothing_is_written_while_nothing_changes(world: World) -> None:
@@ -140,7 +161,7 @@ def test_suspend_stops_the_pod_keeps_the_record_and_resume_starts_the_next_attem
     world.cluster.start_pods()
     world.apply(suspend=True)
     world.settle()
-    job = world.cluster.jobs_["run-import-model-1"]
+    job = world.cluster.jobs_["run--import-model-1"]
     assert job["spec"]["activeDeadlineSeconds"] == 1
     assert "suspend" not in job["spec"]  # which a queue would take as its own
     assert world.status().phase == "Running"
@@ -150,7 +171,7 @@ def test_suspend_stops_the_pod_keeps_the_record_and_resume_starts_the_next_attem
     world.cluster.now += 60
     world.apply()
     world.settle()
-    assert set(world.cluster.jobs_) == {"run-import-model-1", "run-import-model-2"}
+    assert set(world.cluster.jobs_) == {"run--import-model-1", "run--import-model-2"}
     world.finish()
     assert world.status().phase == "Succeeded"
     assert {"RunSuspended", "RunResumed"} <= set(world.reasons())
@@ -284,7 +305,7 @@ def test_only_what_would_be_lost_with_the_pod_is_written_on_its_job_and_once(wor
     world.settle()
     world.fail("import-model", "infrastructure")
     world.settle()
-    kept = world.cluster.jobs_["run-import-model-1"]["metadata"]
+    kept = world.cluster.jobs_["run--import-model-1"]["metadata"]
     version = kept["resourceVersion"]
     world.cluster.pods_.clear()
     world.cluster.now += 6
@@ -292,14 +313,14 @@ def test_only_what_would_be_lost_with_the_pod_is_written_on_its_job_and_once(wor
     assert (world.status().phase, kept["resourceVersion"]) == ("Succeeded", version)
     assert "import-model broke" in kept["annotations"][ANNOTATION_OUTCOME]
     noted = [name for name, job in world.cluster.jobs_.items() if ANNOTATION_OUTCOME in job["metadata"]["annotations"]]
-    assert noted == ["run-import-model-1"]
+    assert noted == ["run--import-model-1"]
 
 
 def test_a_pod_that_no_node_takes_is_pending_and_goes_on_when_one_does(world: World) -> None:
     world.apply()
     world.settle()
     world.cluster.start_pods()
-    pod = world.cluster.pods_["run-import-model-1-abcde"]
+    pod = world.cluster.pods_["run--import-model-1-abcde"]
     running = pod["status"]
     why = "0/3 nodes are available: 3 node(s) didn't match Pod's node affinity/selector."
     unscheduled = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": why}
@@ -402,7 +423,7 @@ def test_an_api_server_that_is_away_changes_nothing(world: World) -> None:
         world.operator.reconcile("default", "run")
     world.cluster.refuse = lambda job: None
     world.finish()
-    assert list(world.cluster.jobs_) == [f"run-{stage}-1" for stage in STAGES_OF_RUN]
+    assert list(world.cluster.jobs_) == [f"run--{stage}-1" for stage in STAGES_OF_RUN]
 
 
 @pytest.mark.parametrize(
@@ -442,7 +463,7 @@ def test_a_deadline_stops_the_run_and_fails_it(world: World) -> None:
     assert wake <= NOW + 100
     world.cluster.now += 101
     world.settle()
-    assert "activeDeadlineSeconds" in world.cluster.jobs_["run-import-model-1"]["spec"]
+    assert "activeDeadlineSeconds" in world.cluster.jobs_["run--import-model-1"]["spec"]
     world.cluster.end_stopped()
     world.settle()
     assert world.conditions()["Failed"][:2] == ("True", "DeadlineExceeded")
@@ -497,10 +518,10 @@ def test_jobs_of_an_earlier_run_of_that_name_do_not_count(world: World) -> None:
     world.cluster.runs_.clear()  # deleted, and its Jobs not collected yet
     world.apply()
     world.settle()
-    assert world.status().phase == "Pending"
+    assert (world.status().phase, world.conditions()["Progressing"][1]) == ("Pending", "NameTaken")
     world.cluster.jobs_.clear()
     world.settle()
-    assert list(world.cluster.jobs_) == ["run-import-model-1"]
+    assert list(world.cluster.jobs_) == ["run--import-model-1"]
 
 
 def test_a_second_run_reuses_what_the_first_made(world: World) -> None:
@@ -527,7 +548,7 @@ def test_a_merge_patch_makes_one_document_into_the_other() -> None:
 
 JOB: Document = {
     "metadata": {
-        "name": "run-ppo-2", "uid": "job", "creationTimestamp": stamp(NOW),
+        "name": "run--ppo-2", "uid": "job", "creationTimestamp": stamp(NOW),
         "labels": {LABEL_STAGE: "ppo", "rlhf.dev/attempt": "2"},
         "annotations": {"rlhf.dev/digest": "d", "rlhf.dev/asked-at": f"{NOW - 5:.0f}"},
     },
