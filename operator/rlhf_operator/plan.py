@@ -6,7 +6,7 @@ and observes again. Because nothing else is remembered, a crash at any point los
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 from rlhf_api.budget import ModelShape
 from rlhf_api.errors import RETRIED, FailureClass
@@ -219,42 +219,65 @@ def asked_at(run: RLHFRun, status: RunStatus | None, attempts: Iterable[Attempt]
     return float(max([int(now), *(int(attempt.started) + 1 for attempt in attempts)]))
 
 
-def at_rest(run: RLHFRun, now: float) -> Plan | None:
+def at_rest(
+    status: RunStatus | None, generation: int | None, suspend: bool, ttl_seconds: int | None, now: float
+) -> Plan | None:
     """What to do for a run that has ended by its own status; None if it has not, or was resumed since.
 
-    Its end is final: an artifact that is deleted later, or a store that is away, starts nothing again.
+    Its end is final: an artifact that is deleted later, a store that is away, or an operator that would not take its
+    spec any more, starts nothing again and takes nothing back.
     """
-    status = run.status
-    if status is None or status.phase not in ("Succeeded", "Failed") or (status.suspend and not run.spec.suspend):
+    if status is None or status.phase not in ("Succeeded", "Failed") or (status.suspend and not suspend):
         return None
-    generation = run.metadata.generation
     found = [each.model_copy(update={"observed_generation": generation}) for each in status.conditions]
-    kept = status.model_copy(
-        update={"observed_generation": generation, "suspend": run.spec.suspend, "conditions": found}
-    )
+    kept = status.model_copy(update={"observed_generation": generation, "suspend": suspend, "conditions": found})
     ended = next((each.last_transition_time for each in status.conditions if each.type == status.phase), None)
-    if run.spec.ttl_seconds_after_finished is None or ended is None:
+    if ttl_seconds is None or ended is None:
         return Plan((), kept)
-    delete_at = unix_time(ended) + run.spec.ttl_seconds_after_finished
+    delete_at = unix_time(ended) + ttl_seconds
     return Plan((Delete(),), kept) if delete_at <= now else Plan((), kept, delete_at)
 
 
-def rejected(name: str, generation: int | None, message: str, before: RunStatus | None, now: float) -> RunStatus:
-    """The status of a resource that is no run at all: the spec passed the API server but not the models."""
-    why = Hold("User", f"{name}: {message}")
-    found = [
-        conditions.valid(message),
-        conditions.progressing("Failed", [], None),
-        conditions.succeeded("Failed"),
-        conditions.failed("Failed", why),
-        conditions.suspended("Failed"),
+def rejected(
+    name: str,
+    generation: int | None,
+    suspend: bool,
+    complaint: str,
+    attempts: Mapping[str, Sequence[Attempt]],
+    before: RunStatus | None,
+    now: float,
+) -> Plan:
+    """What to do for a resource that is no run: its spec passed the API server, maybe long ago, but not the models.
+
+    What it made stays known; what still runs is stopped.
+    """
+    alive = {stage: attempt for stage, made in attempts.items() for attempt in made if attempt.finished is None}
+    known = before or RunStatus()
+    ended: dict[str, Any] = {"state": "Waiting", "progress": None, "message": None}
+    stages = [
+        each.model_copy(update=ended) if each.state in ("Running", "Pending") and each.name not in alive else each
+        for each in known.stages
     ]
-    return RunStatus(
-        phase="Failed",
-        observed_generation=generation,
-        asked_at=before.asked_at if before else None,
-        conditions=conditions.dated(found, before, generation, now),
-    )
+    phase = conditions.phase_of(stages, True, suspend, bool(alive))
+    found = [
+        conditions.valid(complaint),
+        conditions.progressing(phase, stages, None),
+        conditions.succeeded(phase),
+        conditions.failed(phase, Hold("User", f"{name}: {complaint}")),
+        conditions.suspended(phase),
+    ]
+    changes = {
+        "phase": phase,
+        "stage": None,
+        "progress": None,
+        "eta": None,
+        "observed_generation": generation,
+        "suspend": suspend,
+        "conditions": conditions.dated(found, before, generation, now),
+        "stages": stages,
+    }
+    stops = tuple(Stop(stage, attempt.number) for stage, attempt in alive.items())
+    return Plan(stops, known.model_copy(update=changes))
 
 
 def shortened(

@@ -6,7 +6,7 @@ carries the version it is about, and nothing is decided from memory that the clu
 
 import random
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
@@ -24,7 +24,7 @@ from rlhf_operator.forks import forked
 from rlhf_operator.jobs import stage_job
 from rlhf_operator.kubernetes_api import AlreadyExists, Denied, Invalid
 from rlhf_operator.operator_settings import OperatorSettings
-from rlhf_operator.plan import Delete, Observed, Plan, Start, Stop, asked_at, at_rest, plan, rejected
+from rlhf_operator.plan import Attempt, Delete, Observed, Plan, Start, Stop, asked_at, at_rest, plan, rejected
 from rlhf_operator.pod_template import Document
 from rlhf_operator.run_events import RunEvent, events_between
 from rlhf_operator.seen import Key
@@ -116,27 +116,25 @@ class Reconciler:
         if document["metadata"].get("deletionTimestamp"):
             return self._clean_up(document, now) if FINALIZER in finalizers(document) else None
         before = _status_in(document)
-        try:
-            run = _run_in(document, before)
-        except UserError as error:
-            generation = document["metadata"].get("generation")
-            self._publish(document, before, rejected(name, generation, str(error), before, now))
-            return None
-        if wants_cleaning(run) != (FINALIZER in finalizers(document)):
+        run = _run_in(document, before)
+        if isinstance(run, RLHFRun) and wants_cleaning(run) != (FINALIZER in finalizers(document)):
             wanted = [*finalizers(document), FINALIZER] if wants_cleaning(run) else without_ours(document)
             self._cluster.set_finalizers(document, wanted)
             return now  # there is a newer version of it now
-        if (rest := at_rest(run, now)) is not None:
+        generation, suspend, ttl_seconds = _asked_in(document)
+        if (rest := at_rest(before, generation, suspend, ttl_seconds, now)) is not None:
             self._forget((namespace, name))
             self._publish(document, before, rest.status)
             if rest.actions == (Delete(),):
                 self._cluster.delete_run(document)
                 self.acted("delete")
             return rest.wake_at
+        jobs = self._jobs_of(document)
+        if not isinstance(run, RLHFRun):
+            return self._reject(document, before, run, jobs, now)
         memory = self._memory((namespace, name), uid, run.metadata.generation)
         run, fork = self._forked(run)
-        jobs = [job for job in self._cluster.jobs(namespace, name) if _owner(job) == uid]
-        observed = self._observe(run, fork, jobs, memory, now)
+        observed = self._observe(run, fork, list(jobs.values()), memory, now)
         decided = plan(run, observed, now)
         if any(isinstance(action, Start) for action in decided.actions):
             observed = self._with_store(run, observed, to_start=True)
@@ -144,16 +142,33 @@ class Reconciler:
         # Published first: the time it was asked for must be known before an attempt is counted against it.
         place = self._settings.place_of(run.spec.object_store)
         self._publish(document, before, decided.status.model_copy(update={"store": place}))
-        refused = self._apply(run, decided, observed, {job["metadata"]["name"]: job for job in jobs}, memory, now)
+        refused = self._apply(run, decided, observed, jobs, memory, now)
         if refused:
             return now
         return min([decided.wake_at or now + RESYNC_SECONDS, self._next_look(decided, now)])
 
+    def _reject(
+        self, document: Document, before: RunStatus | None, complaint: str, jobs: Mapping[str, Document], now: float
+    ) -> float:
+        """Stop what runs of a resource that is no run, and say so; returns when to look again."""
+        namespace, name = document["metadata"]["namespace"], document["metadata"]["name"]
+        generation, suspend, _ = _asked_in(document)
+        attempts = attempts_of(jobs.values(), self._cluster.pods(namespace, name), {}, now)
+        decided = rejected(name, generation, suspend, complaint, attempts, before, now)
+        self._publish(document, before, decided.status)
+        self._stop_attempts(decided, attempts, jobs, now)
+        return now + RESYNC_SECONDS
+
+    def _jobs_of(self, document: Document) -> dict[str, Document]:
+        """The run's own Jobs by name; those of an earlier run of its name are not."""
+        metadata = document["metadata"]
+        found = self._cluster.jobs(metadata["namespace"], metadata["name"])
+        return {job["metadata"]["name"]: job for job in found if _owner(job) == metadata["uid"]}
+
     def _clean_up(self, document: Document, now: float) -> float | None:
         """End what still runs, delete the artifacts of this run alone, and let it go; returns when to look again."""
         namespace, name = document["metadata"]["namespace"], document["metadata"]["name"]
-        uid = document["metadata"]["uid"]
-        jobs = {job["metadata"]["name"]: job for job in self._cluster.jobs(namespace, name) if _owner(job) == uid}
+        jobs = self._jobs_of(document)
         made = attempts_of(jobs.values(), self._cluster.pods(namespace, name), {}, now)
         if alive := [attempt for each in made.values() for attempt in each if attempt.finished is None]:
             for attempt in alive:
@@ -265,14 +280,20 @@ class Reconciler:
         now: float,
     ) -> bool:
         """Do what was decided. Returns whether something turned out to be impossible, which the next plan must hear."""
+        self._stop_attempts(decided, observed.attempts, jobs, now)
         news = False
         for action in decided.actions:
-            if isinstance(action, Stop):
-                attempt = next(a for a in observed.attempts[action.stage] if a.number == action.number)
-                self._stop(jobs[attempt.job or ""], now)
-            elif isinstance(action, Start):
+            if isinstance(action, Start):
                 news |= self._start(run, action, observed, memory)
         return news
+
+    def _stop_attempts(
+        self, decided: Plan, attempts: Mapping[str, Sequence[Attempt]], jobs: Mapping[str, Document], now: float
+    ) -> None:
+        for action in decided.actions:
+            if isinstance(action, Stop):
+                attempt = next(a for a in attempts[action.stage] if a.number == action.number)
+                self._stop(jobs[attempt.job or ""], now)
 
     def _start(self, run: RLHFRun, action: Start, observed: Observed, memory: _Memory) -> bool:
         stage, held = action.link.name, memory.held.get(action.link.name)
@@ -356,12 +377,21 @@ def _status_in(document: Document) -> RunStatus | None:
         return None
 
 
-def _run_in(document: Document, status: RunStatus | None) -> RLHFRun:
-    """The run. Raises UserError with every complaint; what breaks a rule alone is left to the plan."""
+def _asked_in(document: Document) -> tuple[int | None, bool, int | None]:
+    """Generation, spec.suspend and spec.ttlSecondsAfterFinished: what the API server alone vouches for."""
+    spec = document.get("spec") or {}
+    return document["metadata"].get("generation"), bool(spec.get("suspend")), spec.get("ttlSecondsAfterFinished")
+
+
+def _run_in(document: Document, status: RunStatus | None) -> RLHFRun | str:
+    """The run, or every complaint if it is none; what breaks a rule alone is left to the plan."""
     # The items of a list need not say what they are.
     plain = {"apiVersion": API_VERSION, "kind": KIND, "metadata": document["metadata"], "spec": document.get("spec")}
     try:
         run = RLHFRun.model_validate(plain, strict=True, by_alias=True, by_name=False)
     except ValidationError:
-        run = parse_run(plain)
+        try:
+            run = parse_run(plain)
+        except UserError as error:
+            return str(error)
     return run.model_copy(update={"status": status})

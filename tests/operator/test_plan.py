@@ -524,20 +524,19 @@ def test_a_new_ask_is_later_than_every_attempt_before_it_whatever_the_clocks_say
 
 def test_an_end_is_final_until_the_run_is_resumed() -> None:
     ended = plan(resource(), Observed(artifacts=committed(*ALL)), NOW).status
-    run = resource().model_copy(update={"status": ended})
-    assert at_rest(run, NOW + 1) == Plan((), ended)
-    resumed = run.model_copy(update={"status": ended.model_copy(update={"suspend": True})})
-    assert at_rest(resumed, NOW + 1) is None
-    assert at_rest(resource(), NOW) is None
+    assert at_rest(ended, 3, False, None, NOW + 1) == Plan((), ended)
+    suspended = ended.model_copy(update={"suspend": True})
+    assert at_rest(ended, 3, True, None, NOW + 1) == Plan((), suspended)
+    assert at_rest(suspended, 3, False, None, NOW + 1) is None
+    assert at_rest(None, 3, False, None, NOW) is None
     running = plan(resource(), Observed(), NOW).status
-    assert at_rest(resource().model_copy(update={"status": running}), NOW) is None
+    assert at_rest(running, 3, False, None, NOW) is None
 
 
 def test_a_run_that_ended_is_deleted_when_its_time_is_up() -> None:
     ended = plan(resource(), Observed(artifacts=committed(*ALL)), NOW).status
-    run = resource(ttlSecondsAfterFinished=60).model_copy(update={"status": ended})
-    assert at_rest(run, NOW + 59) == Plan((), ended, NOW + 60)
-    assert at_rest(run, NOW + 60) == Plan((Delete(),), ended)
+    assert at_rest(ended, 3, False, 60, NOW + 59) == Plan((), ended, NOW + 60)
+    assert at_rest(ended, 3, False, 60, NOW + 60) == Plan((Delete(),), ended)
 
 
 attempts_of = st.lists(st.sampled_from(["running", "interrupted", "success", *FAILURES]), max_size=4)

@@ -446,6 +446,55 @@ def test_a_spec_that_is_none_is_a_failed_run_and_no_crash(world: World, spec: Do
     assert not world.cluster.jobs_
 
 
+def tighten(world: World) -> None:
+    """An operator comes that does not take the run's spec any more."""
+    world.cluster.runs_["run"]["spec"]["lora"] = {"targetModules": 5}
+    world.cluster.touch("run")
+    world.restart()
+
+
+def test_a_run_whose_spec_is_refused_in_its_course_stops_and_then_fails(world: World) -> None:
+    world.apply()
+    world.settle()
+    world.succeed()
+    world.settle()
+    world.cluster.start_pods()
+    world.settle()
+    tighten(world)
+    world.settle()
+    assert world.cluster.active()
+    assert all(job["spec"]["activeDeadlineSeconds"] == 1 for job in world.cluster.active())
+    assert (world.status().phase, world.conditions()["Valid"][1]) == ("Running", "Rejected")
+    world.cluster.end_stopped()
+    world.settle()
+    assert world.status().phase == "Failed"
+    assert world.conditions()["Failed"][:2] == ("True", "User")
+    assert {state for name, state in world.states().items() if name != "import-model"} == {"Waiting"}
+    assert world.states()["import-model"] == "Succeeded"  # its artifact is still the run's
+
+
+def test_a_run_whose_spec_is_refused_after_its_end_stays_as_it_is_until_it_is_deleted(world: World) -> None:
+    world.apply(ttlSecondsAfterFinished=100)
+    world.finish()
+    before = world.status()
+    tighten(world)
+    assert world.look() == pytest.approx(world.cluster.now + 100, abs=1)
+    assert world.status() == before
+    world.cluster.now += 101
+    world.look()
+    assert not world.cluster.runs_
+
+
+def test_a_run_that_was_refused_is_looked_at_anew_when_it_is_resumed(world: World) -> None:
+    world.apply(lora={"targetModules": 5})
+    world.settle()
+    for suspend in (True, False):
+        world.apply(suspend=suspend)
+        world.settle()
+    world.finish()
+    assert world.status().phase == "Succeeded"
+
+
 def test_a_status_that_another_version_wrote_is_made_anew(world: World) -> None:
     world.apply()
     world.cluster.runs_["run"]["status"] = {"phase": "Dreaming", "unheard": 1}
