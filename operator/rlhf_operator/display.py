@@ -15,7 +15,7 @@ from rlhf_api.run import Phase, RunStatus, StageState, StageStatus
 from rlhf_api.stage import Progress
 from rlhf_operator.figures import duration, key_metrics
 from rlhf_operator.local import Show
-from rlhf_operator.plan import Observed
+from rlhf_operator.plan import Observed, seconds_left
 
 MARKS: dict[StageState, tuple[str, str]] = {
     "Waiting": ("·", "dim"),
@@ -140,6 +140,6 @@ def _words(stage: StageStatus, progress: Progress | None, now: float) -> str:
     if progress is None:
         return "  ".join(word for word in (key_metrics(stage.metrics), lowered) if word)
     words = [key_metrics(progress.metrics), progress.phase if progress.total else "", lowered]
-    if progress.eta_seconds is not None:
-        words.append(f"{duration(progress.eta_seconds - max(0.0, now - progress.updated_at))} left")
+    if (seconds := seconds_left(progress, now)) is not None:
+        words.append(f"{duration(seconds)} left")
     return "  ".join(word for word in words if word)

@@ -28,6 +28,7 @@ BACKOFF_SECONDS: Final = 5.0  # doubled with each failure of the same class
 MAX_BACKOFF_SECONDS: Final = 300.0
 STORE_RETRY_SECONDS: Final = 15.0
 HOLD_RETRY_SECONDS: Final = 30.0
+STALE_SECONDS: Final = 900.0  # without a word, after which a stage's pace is not known any more: no step takes so long
 UNFINISHED: Final = ("Running", "Pending", "Failed", "Suspended", "Waiting")
 
 
@@ -196,7 +197,7 @@ def plan(run: RLHFRun, observed: Observed, now: float) -> Plan:
         phase=phase,
         stage=current.name if current else None,
         progress=current.progress if current else None,
-        eta=_eta(views, current.name) if current else None,
+        eta=_eta(views, current.name, now) if current else None,
         taken=run.status.taken if run.status else {},
         reward=_reward(stages),
         observed_generation=run.metadata.generation,
@@ -217,6 +218,14 @@ def asked_at(run: RLHFRun, status: RunStatus | None, attempts: Iterable[Attempt]
     if status is not None and status.asked_at is not None and (run.spec.suspend or not status.suspend):
         return unix_time(status.asked_at)
     return float(max([int(now), *(int(attempt.started) + 1 for attempt in attempts)]))
+
+
+def seconds_left(progress: Progress, now: float) -> float | None:
+    """The time that a stage has left by what it last said; None if it did not say, or too long ago."""
+    age = max(0.0, now - progress.updated_at)
+    if progress.eta_seconds is None or age > min(progress.eta_seconds, STALE_SECONDS):
+        return None
+    return progress.eta_seconds - age
 
 
 def at_rest(
@@ -597,10 +606,10 @@ def _state(
     return "Waiting", None
 
 
-def _eta(views: Sequence[_View], stage: str) -> str | None:
-    """The time that the stage has left as it last said, coarsely: status is not written for every second."""
+def _eta(views: Sequence[_View], stage: str, now: float) -> str | None:
+    """The time that the stage has left, coarsely: status is not written for every second."""
     running = next((view.running for view in views if view.link.name == stage), None)
-    seconds = running.progress.eta_seconds if running and running.progress else None
+    seconds = seconds_left(running.progress, now) if running and running.progress else None
     if seconds is None:
         return None
     return duration(seconds) if seconds < 60 else duration(seconds - seconds % 60).replace(" 00 s", "")

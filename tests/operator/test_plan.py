@@ -154,6 +154,27 @@ def test_a_running_stage_is_not_started_again_and_shows_its_progress() -> None:
     assert decided.status.phase == "Running"
 
 
+@pytest.mark.parametrize(
+    ("eta", "age", "shown"),
+    [
+        (150.0, 0, "2 min"),
+        (150.0, 40, "1 min"),
+        (150.0, 110, "40 s"),
+        (150.0, -30, "2 min"),  # a node's clock that is ahead
+        (150.0, 151, None),
+        (36000.0, 300, "9 h 55 min"),
+        (36000.0, 1000, None),  # nothing was heard for so long that its pace is not known any more
+        (None, 0, None),
+    ],
+)
+def test_the_time_left_shrinks_while_nothing_is_heard_and_is_not_told_for_ever(
+    eta: float | None, age: float, shown: str | None
+) -> None:
+    progress = Progress(stage="import-model", step=3, total=9, updated_at=NOW - age, eta_seconds=eta)
+    seen = Observed(attempts={"import-model": [attempt("import-model", progress=progress)]})
+    assert plan(resource(), seen, NOW).status.eta == shown
+
+
 def test_one_stage_with_a_gpu_at_a_time() -> None:
     data = {name: value for name, value in DATA.items() if name != "sft"}
     run = resource(data=data)
