@@ -39,6 +39,7 @@ BLOCKED: Final = (
 )
 ENDED: Final = ("Succeeded", "Failed")  # phases of a pod
 NO_POD_SECONDS: Final = 15.0  # after a Job began, in which it would have made its pod
+SLOW_SECONDS: Final = 120.0  # after a pod got its node, in which most have an image, their volumes, and start
 LOST_SECONDS: Final = 60.0  # after a pod should have been gone: its node does not answer
 MAX_LAST_LINES: Final = 600  # characters of a log's end that a message quotes
 
@@ -270,13 +271,41 @@ def _hold(job: Document, pods: Sequence[Document], now: float) -> Hold | None:
         name = job["metadata"]["name"]
         why = "the namespace's Pod Security level, a quota or a webhook may refuse it"
         return Hold("NoPod", f"the Job {name} has no pod: {why}; kubectl describe job {name} says which")
-    for pod in pods:
-        for condition in pod.get("status", {}).get("conditions") or []:
-            waits = condition["type"] == "PodScheduled" and condition["status"] == "False"
-            if waits and condition.get("reason") in ("Unschedulable", "SchedulingGated"):
-                return Hold(condition["reason"], condition.get("message") or "no node takes the pod")
-        for status in pod.get("status", {}).get("containerStatuses") or []:
-            waiting = status.get("state", {}).get("waiting") or {}
-            if waiting.get("reason") in BLOCKED:
-                return Hold(waiting["reason"], waiting.get("message") or f"container {status['name']} cannot start")
-    return None
+    return next((hold for pod in pods if (hold := _pod_hold(pod, now))), None)
+
+
+def _pod_hold(pod: Document, now: float) -> Hold | None:
+    status = pod.get("status", {})
+    for condition in status.get("conditions") or []:
+        waits = condition["type"] == "PodScheduled" and condition["status"] == "False"
+        if waits and condition.get("reason") in ("Unschedulable", "SchedulingGated"):
+            return Hold(condition["reason"], condition.get("message") or "no node takes the pod")
+    first, then = (status.get(kind) or [] for kind in ("initContainerStatuses", "containerStatuses"))
+    for each in [*first, *then]:
+        waiting = _state(each, "waiting") or {}
+        if waiting.get("reason") in BLOCKED:
+            return Hold(waiting["reason"], waiting.get("message") or f"container {each['name']} cannot start")
+    placed = _condition(pod, "PodScheduled")
+    stage: Document = next((each for each in then if each["name"] == STAGE_CONTAINER), {})
+    begun = status.get("phase") != "Pending" or _state(stage, "running") is not None
+    if begun or placed is None or now - unix_time(placed["lastTransitionTime"]) < SLOW_SECONDS:
+        return None
+    # A sidecar is an init container that counts as started, and need not end.
+    at_work = [each["name"] for each in first if _state(each, "running") is not None and not each.get("started")]
+    return _slow(pod, stage, next(iter(at_work), None))
+
+
+def _slow(pod: Document, stage: Document, initialising: str | None) -> Hold:
+    """A pod that has a node and does not start. Why is told in events, which the operator may not read."""
+    name, minutes = pod["metadata"]["name"], f"{SLOW_SECONDS / 60:.0f} minutes"
+    reason = (_state(stage, "waiting") or {}).get("reason") or "ContainerCreating"
+    if initialising is not None:
+        return Hold(reason, f"init container {initialising} has not ended {minutes} after the pod {name} got its node")
+    why = "a large image is still pulled, or a volume, Secret or ConfigMap that it mounts is missing"
+    how = f"kubectl describe pod {name} says which"
+    return Hold(reason, f"the pod {name} has not started {minutes} after it got its node: {why}; {how}")
+
+
+def _state(container: Document, kind: str) -> Document | None:
+    found: Document | None = container.get("state", {}).get(kind)
+    return found

@@ -636,6 +636,16 @@ def held_pod(reason: str, **waiting: str) -> Document:
     }
 
 
+def placed_pod(ago: float, **status: Any) -> Document:
+    """A pod that was given to a node so many seconds ago and has not started."""
+    placed = {"type": "PodScheduled", "status": "True", "lastTransitionTime": stamp(NOW + 10 - ago)}
+    return {"metadata": {"name": "p"}, "status": {"phase": "Pending", "conditions": [placed], **status}}
+
+
+def waiting(reason: str, name: str = "stage", **more: str) -> list[Document]:
+    return [{"name": name, "state": {"waiting": {"reason": reason, **more}}}]
+
+
 STOPPED = {"metadata": {"annotations": {ANNOTATION_STOPPED: stamp(NOW + 3)}}}
 
 
@@ -689,6 +699,22 @@ def test_how_an_attempt_ended(job: Document, pods: list[Document], failure: str,
         ({}, [held_pod("ContainerCreating")], None),
         ({}, [held_pod("ImagePullBackOff", message="no such image")], "ImagePullBackOff"),
         ({}, [held_pod("CreateContainerConfigError", message='secret "x" not found')], "CreateContainerConfigError"),
+        ({}, [placed_pod(100, containerStatuses=waiting("ContainerCreating"))], None),
+        ({}, [placed_pod(130, containerStatuses=waiting("ContainerCreating"))], "ContainerCreating"),
+        ({}, [placed_pod(130)], "ContainerCreating"),
+        ({}, [placed_pod(130, containerStatuses=waiting("PodInitializing"))], "PodInitializing"),
+        ({}, [placed_pod(130, phase="Running", containerStatuses=waiting("ContainerCreating", "other"))], None),
+        (
+            {},
+            [
+                placed_pod(
+                    1,
+                    initContainerStatuses=waiting("ImagePullBackOff", "fetch"),
+                    containerStatuses=waiting("PodInitializing"),
+                )
+            ],
+            "ImagePullBackOff",
+        ),
         ({"spec": {"suspend": True}}, [], "Queued"),
         ({"status": {"startTime": stamp(NOW - 10)}}, [], "NoPod"),
         ({"status": {"startTime": stamp(NOW)}}, [], None),
@@ -741,6 +767,18 @@ def test_what_is_kept_of_an_end_outlives_what_its_node_says_later() -> None:
 def test_a_note_of_another_version_is_no_note() -> None:
     job = merged(failed_job(), {"metadata": {"annotations": {ANNOTATION_OUTCOME: '{"unheard": 1}'}}})
     assert seen(job).failure == seen(failed_job()).failure
+
+
+def test_a_pod_that_does_not_start_says_where_to_look() -> None:
+    held = [seen({}, placed_pod(ago)).held for ago in (130, 4000)]
+    assert held[0] == held[1] is not None  # a message that changed with the time would be written each time
+    assert "kubectl describe pod p" in held[0].message
+    sidecar = {"name": "proxy", "state": {"running": {}}, "started": True}
+    fetching = {"name": "fetch", "state": {"running": {}}, "started": False}
+    init = placed_pod(130, initContainerStatuses=[sidecar, fetching], containerStatuses=waiting("PodInitializing"))
+    told = seen({}, init).held
+    assert told is not None
+    assert "init container fetch has not ended" in told.message
 
 
 def test_a_success_whose_pod_is_gone_is_left_to_the_store() -> None:
