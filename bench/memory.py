@@ -25,7 +25,9 @@ from rlhf_pipeline.scoring import AdapterScore
 
 # model, quantization, lora.layers: [rollout rows, prompt, response, micro-batch, layers kept]
 SETTINGS: dict[tuple[str, str, str], list[tuple[int, int, int, int, int]]] = {
-    ("gpt-neox-20b", "nf4", "top:11"): [(8, 64, 64, 8, 11), (16, 128, 128, 16, 11), (8, 512, 512, 4, 0), (8, 512, 512, 2, 11)],
+    ("gpt-neox-20b", "nf4", "top:11"): [
+        (8, 64, 64, 8, 11), (16, 128, 128, 16, 11), (8, 512, 512, 4, 0), (8, 512, 512, 2, 11),
+    ],
     ("gpt-neox-20b", "nf4", "all"): [(8, 64, 64, 8, 0), (8, 64, 64, 8, 8), (16, 128, 128, 4, 0), (8, 512, 512, 1, 0)],
     ("gpt-neox-20b", "int8", "all"): [(4, 64, 64, 4, 0), (4, 128, 128, 1, 0)],
     ("llama-3.1-8b", "nf4", "all"): [(16, 128, 128, 8, 0), (32, 64, 192, 8, 8), (8, 512, 512, 2, 0)],
@@ -88,6 +90,7 @@ def peaks(model: Any, layers: str, size: tuple[int, int, int, int, int]) -> dict
         response_tokens=response, missing_eos_penalty=None, epochs=1,
     )  # fmt: skip
     trainer = Trainer(roles, settings, AdapterScore(roles, 0, micro), eos=0, pad=1, seed=1)
+    trainer.spent = True  # as many layers are kept as the setting says
     found: dict[str, list[int]] = {}
 
     class Clock(ppo_trainer._Clock):

@@ -31,6 +31,12 @@ def device_of(gpu: GPU) -> torch.device:
     return device
 
 
+def memory_limit(device: torch.device) -> float:
+    """Bytes that PyTorch may take of a CUDA device, by `device_of` or by the card."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    return float(torch.cuda.get_per_process_memory_fraction(device) * total)
+
+
 def compute_dtype(quantization: Quantization, device: torch.device) -> torch.dtype:
     """The type of activations. auto: bfloat16 on a GPU; float32 on a CPU, where it is faster and repeats exactly."""
     if quantization.compute_dtype == "auto":

@@ -6,6 +6,8 @@ losses.py, the roles in roles.py, the sampling in rollout.py.
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,11 +28,13 @@ from rlhf_pipeline.losses import (
     token_rewards,
     value_loss,
 )
+from rlhf_pipeline.models import memory_limit
 from rlhf_pipeline.roles import Role, Roles, Trunk
 from rlhf_pipeline.rollout import Responses, Sampling, rollout
 from rlhf_pipeline.scoring import AdapterScore, Score, micro_batches
 
 TRAINED: tuple[Role, ...] = ("policy", "critic")
+SPARE_BYTES = 2**30  # of the GPU's memory, which activations that are kept leave free
 ADAM_EPSILON = 1e-5  # N+, detail "Adam's epsilon"
 # How far the first update may be from "policy = reference, ratio = 1" by rounding alone, in nats, by activation type.
 START_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
@@ -99,6 +103,7 @@ class Trainer:
         }
         self._rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
         self.last: Last
+        self.spent = False
 
     def step(self, ids: Tensor, mask: Tensor) -> dict[str, float]:
         """One rollout and the epochs over it. ids, mask: (batch, prompt). Returns what practitioners watch."""
@@ -150,7 +155,8 @@ class Trainer:
         batch = Batch(trunk, responses.response_ids, response_mask, logprobs, values, advantages, returns)
 
         # 4. Update policy and critic.
-        metrics = self._update(batch, first)
+        with self._memory_spent():
+            metrics = self._update(batch, first)
         clock.lap("train")
 
         # 5. Adapt the KL coefficient, and say how it went.
@@ -300,6 +306,16 @@ class Trainer:
             if stopped:
                 break
         return {key: value / minis for key, value in totals.items()} | {"ratio_max": ratio_max, "updates": float(minis)}
+
+    @contextmanager
+    def _memory_spent(self) -> Iterator[None]:
+        """In a process's first update on a GPU: let the later ones keep what activations the memory holds."""
+        if self.roles.device.type == "cuda" and not self.spent:
+            self.spent = True
+            with self.roles.choosing_kept_layers(memory_limit(self.roles.device) - SPARE_BYTES):
+                yield
+        else:
+            yield
 
     def _check_start(self, difference: Tensor, what: str) -> None:
         """Before any update, policy and reference are the same function; if not, a role or a mask is wrong."""

@@ -16,7 +16,7 @@ from rlhf_api.canonical import canonical_json
 from rlhf_api.errors import GateError, UserError
 from rlhf_api.run import Lora, Quantization, Reward
 from rlhf_pipeline.agreement import pair_accuracy, rank_correlation, wilson_interval
-from rlhf_pipeline.models import device_of, load_base, load_tokenizer
+from rlhf_pipeline.models import device_of, load_base, load_tokenizer, memory_limit
 from rlhf_pipeline.reward_adapter import (
     Pair,
     keep_trunk_frozen,
@@ -223,8 +223,7 @@ def _place_of_16_bit(folder: Path, device: torch.device) -> torch.device | str:
     parameters = sum(_safetensors_parameters(path) for path in folder.glob("*.safetensors"))
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        cap = torch.cuda.get_per_process_memory_fraction(device) * torch.cuda.get_device_properties(device).total_memory
-        if 2.2 * parameters + 2**30 < min(free, cap):
+        if 2.2 * parameters + 2**30 < min(free, memory_limit(device)):
             return device
     if parameters < MAX_CPU_PARAMETERS:
         return torch.device("cpu")

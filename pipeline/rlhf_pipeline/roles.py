@@ -81,7 +81,7 @@ class Roles:
         """Add a policy adapter (and a critic) to `model`, which must be frozen. A new adapter changes nothing yet.
 
         checkpointing: in passes that keep gradients, keep only each layer's input and compute the rest again, but for
-        the `kept_layers` uppermost ones, which cost memory instead of time.
+        the `kept_layers` uppermost ones, which cost memory instead of time: see `choosing_kept_layers`.
         """
         from peft import get_peft_model
 
@@ -92,7 +92,7 @@ class Roles:
         self.width = int(model.get_input_embeddings().weight.shape[-1])
         self.device = model.get_input_embeddings().weight.device
         self.heads = nn.ModuleDict()
-        self.recomputed = max(self.bottom, depth - kept_layers) if checkpointing else 0  # layers below are checkpointed
+        self.kept_layers = min(kept_layers, depth - self.bottom) if checkpointing else depth - self.bottom
         config = lora_config(lora, model, top=True)
         self._peft = get_peft_model(model, config, adapter_name="policy")  # changes `model` in place
         if critic:
@@ -126,10 +126,13 @@ class Roles:
 
     @torch.no_grad()
     def hidden_of(self, roles: Sequence[Role], trunk: Trunk) -> list[Tensor]:
-        """Final hidden states of several roles, without gradients, from one pass over a batch that holds it for each.
+        """Final hidden states of several roles, without gradients; on a GPU from one pass over the batch once for each.
 
-        What a layer costs whatever the number of rows, such as dequantising its weights, is paid once.
+        So what a layer costs whatever the number of rows, such as dequantising its weights, is paid once. On a CPU it
+        would gain nothing, and a row's rounding depends on where it stands in a batch: equal roles would differ by it.
         """
+        if self.device.type == "cpu":
+            return [self.hidden(role, trunk) for role in roles]
         times = len(roles)
         hidden = None if trunk.hidden is None else trunk.hidden.repeat(times, 1, 1)
         try:
@@ -149,9 +152,40 @@ class Roles:
             replaced |= {index: self._bypasses[index] for index in range(self.bottom)}
         if torch.is_grad_enabled():
             layers = self.stack.layers
-            replaced |= {index: Checkpointed(layers[index]) for index in range(self.bottom, self.recomputed)}
+            recomputed = range(self.bottom, len(layers) - self.kept_layers)
+            replaced |= {index: Checkpointed(layers[index]) for index in recomputed}
         with self._replaced(replaced):
             return self._run(trunk.ids, trunk.mask)
+
+    @contextmanager
+    def choosing_kept_layers(self, limit: float) -> Iterator[None]:
+        """Around a whole update: afterwards the activations of as many layers are kept as `limit` bytes in all allow.
+
+        One layer's are kept meanwhile, and measured. What is computed does not depend on how many are kept.
+        """
+        layers = len(self.stack.layers) - self.bottom
+        if self.kept_layers == layers:
+            yield
+            return
+        self.kept_layers = 1
+        begun, most = [0], [0]
+
+        def before(*_: Any) -> None:
+            begun[0] = torch.cuda.memory_allocated(self.device)
+
+        def after(*_: Any) -> None:
+            most[0] = max(most[0], torch.cuda.memory_allocated(self.device) - begun[0])
+
+        top = self.stack.layers[-1]
+        hooks = [top.register_forward_pre_hook(before), top.register_forward_hook(after)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if most[0]:
+            more = (limit - torch.cuda.memory_reserved(self.device)) / most[0]
+            self.kept_layers = max(0, min(layers, 1 + int(more)))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits of final hidden states, as the model's own forward computes them: (..., vocabulary)."""

@@ -122,6 +122,7 @@ class _Decoder:
         self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
         self.out = torch.full((batch, sampling.response_tokens), sampling.pad, dtype=torch.long, device=device)
         self.fused: Decoder | None = None
+        self.warm = False  # whether each kernel of a step has run in this process
         self.session = Session(
             [], [], (prompt - mask.sum(-1)).int(), torch.full_like(self.position[:, 0], prompt).int()
         )
@@ -223,6 +224,7 @@ class _Decoder:
         except Unknown as reason:
             forget(self.model, reason)
             return None
+        self.warm = not new
         if new:
             restore = self._keep()
             own = self._own_logits().float()
@@ -252,7 +254,7 @@ class _Decoder:
         stream = _side_stream(self.ids.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(WARMUP_STEPS):
+            for _ in range(0 if self.warm else WARMUP_STEPS):
                 self._step()
         torch.cuda.current_stream().wait_stream(stream)
         restore()

@@ -194,7 +194,7 @@ def prompts(rows: int, longest: int = 9) -> tuple[Tensor, Tensor]:
 def test_a_step_gives_the_logits_of_the_models_own_forward(
     family: Family, quantization: Quantization, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both are held against float32 on the same weights: rounding differs, and neither is further off than the other."""
+    """Both are held against float32 on the same weights: rounding differs, and ours is not further off."""
     roles = fused_roles(tmp_path, family, quantization)
     exact = fused_roles(tmp_path, family, quantization.model_copy(update={"compute_dtype": "float32"}))
     monkeypatch.setattr(decoders.Choice, "best", property(lambda choice: next(iter(choice.tiles), None)))

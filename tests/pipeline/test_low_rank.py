@@ -58,3 +58,32 @@ def test_master_weights_get_gradients_in_their_own_type() -> None:
     assert down.grad is not None
     assert up.grad is not None
     assert down.grad.dtype == up.grad.dtype == torch.float32
+
+
+def test_each_group_of_a_batch_gets_the_adapter_of_its_name(tmp_path: Path) -> None:
+    from peft import get_peft_model
+
+    model = load_base(build_tiny_model(tmp_path), Quantization(type="none"), torch.device("cpu"))
+    config = lora_config(Lora(rank=4, alpha=12), model, top=True)
+    peft = get_peft_model(model, config, adapter_name="policy")
+    peft.add_adapter("critic", config)
+    torch.manual_seed(0)
+    layers = [module for module in peft.modules() if hasattr(module, "lora_A")]
+    for name, parameter in peft.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.2)
+    for layer in layers:
+        lean(layer)
+    ids = torch.randint(2, 300, (3, 9))
+
+    def logits(names: list[str], groups: tuple[str, ...] | None, batch: torch.Tensor) -> torch.Tensor:
+        for layer in layers:
+            layer._active_adapter, layer.groups = names, groups
+        with torch.no_grad():
+            found: torch.Tensor = model(input_ids=batch, use_cache=False).logits
+        return found
+
+    whole = logits([], ("policy", "reference", "critic"), ids.repeat(3, 1))
+    for part, names in zip(whole.chunk(3), (["policy"], [], ["critic"]), strict=True):
+        torch.testing.assert_close(part, logits(names, None, ids), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(whole[:3], whole[3:6], atol=1e-2)
