@@ -166,7 +166,7 @@ def installed(
 
 
 def test_no_permission_lacks_and_none_is_unused(installed: Installed) -> None:
-    """Runs that end, wait for a name, are suspended and resumed, go with their artifacts or by their age; a lost Lease."""
+    """Runs that end, wait for a name, are suspended, resumed, go with their artifacts or by their age; a lost Lease."""
     with StagePlayer(installed.plane.kubeconfig) as player:
         player.held |= {"reward"}
         installed.apply("plain")
