@@ -10,7 +10,10 @@ train all 44 layers with checkpointing,    8 × 512  14.34   +2.0 %
                                           16 × 256  14.7    -0.5 %
 the top 11 layers alone,                  16 × 256  13.1    -1.5 %
 
-Fragmentation is not counted, nor what other model families do differently: a run is refused only well above the limit.
+The phases of PPO are held against the peaks of whole updates of GPT-NeoX-20B and Llama-3.1-8B in
+tests/api/measured_peaks.jsonl. Activations that are kept because there is room for them (`Roles.choosing_kept_layers`)
+are not counted, nor is fragmentation, nor what other model families do differently: a run is refused only well above
+the limit.
 """
 
 from collections.abc import Mapping
@@ -31,7 +34,9 @@ WIDTHS = 12  # hidden-sized
 INNER = 2  # intermediate-sized, for each matrix of the MLP
 FORWARD_SHARE = 0.4  # of that, in a pass without gradients
 LOGIT_ROWS = 512  # of a chunk of log-probabilities
-LOGIT_COPIES = 3  # float32: logits, log-softmax, gradient
+LOGIT_COPIES = 3  # float32: logits, log-softmax, entropy
+LOGIT_COPIES_TRAINED = 5.5  # and their gradients
+DECODING_BYTES = 0.18 * GIB  # workspaces of the decode step and of its graph
 
 UNTIED: Final = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gptj", "phi", "phi3")  # unless config.json says so
 PLAIN_MLP: Final = ("gpt_neox", "gpt2", "opt", "gpt_neo", "gptj", "bloom", "falcon", "phi", "mpt")  # no gate
@@ -152,7 +157,9 @@ def budget(shape: ModelShape, spec: RunSpec) -> Budget:
     needs = _Needs(shape, spec)
     ppo, tokens = spec.ppo, spec.ppo.prompt_tokens + spec.ppo.response_tokens
     trunk = {"trunk": 0.0 if spec.lora.layers == "all" else ppo.batch_size * tokens * needs.width}
-    forward = {"activations": FORWARD_SHARE * ppo.micro_batch_size * tokens * needs.working, "logits": needs.logits}
+    roles = 3 if spec.reward.classifier or spec.reward.function else 4  # whose rows are in one batch
+    scored = roles * ppo.micro_batch_size * tokens
+    forward = {"activations": FORWARD_SHARE * scored * needs.working, "logits": LOGIT_COPIES * needs.logits}
     rows = ppo.effective_rollout_batch_size
     phases = [Phase("any", "load", {"base": needs.base, "tensor in 16 bits": needs.largest})]
     if spec.data.sft is not None:
@@ -233,7 +240,7 @@ class _Needs:
         self.dequantised = full * shape.hidden * matrices if spec.quantization.type != "none" else 0.0
         self.width = shape.hidden * full
         self.working = shape.working_values * full
-        self.logits = LOGIT_ROWS * shape.vocabulary * 4.0 * LOGIT_COPIES
+        self.logits = LOGIT_ROWS * shape.vocabulary * 4.0
         layers = spec.lora.layers
         self.adapted = shape.layers if layers == "all" else min(shape.layers, int(layers.removeprefix("top:")))
         self.adapter = adapter_weights(shape, spec)
@@ -251,12 +258,15 @@ class _Needs:
             "optimizer": weights * OPTIMIZER_BYTES,
             "layer inputs": layers * tokens * self.width,
             # A layer is computed again after the logits are gone: the larger of the two counts.
-            "one layer or logits": max(tokens * self.working, min(1.0, tokens / LOGIT_ROWS) * self.logits),
+            "one layer or logits": max(
+                tokens * self.working, min(1.0, tokens / LOGIT_ROWS) * LOGIT_COPIES_TRAINED * self.logits
+            ),
         }
 
     def decoding(self, rows: int, tokens: int, prompt: int) -> dict[str, float]:
         """A static cache for `rows` sequences of `tokens`, and one pass over their prompts."""
         return {
+            "decode step": DECODING_BYTES + self.adapted * self.adapter * self.bytes,
             "cache": rows * tokens * self.shape.cached_values * self.bytes,
             "activations": FORWARD_SHARE * rows * prompt * self.working,
             "sampling": rows * self.shape.vocabulary * 4.0 * LOGIT_COPIES,

@@ -78,6 +78,25 @@ def test_checkpointing_gives_the_same_gradients(layers: str, tmp_path: Path) -> 
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize(("limit", "kept"), [(1_000, 1), (1_399, 1), (1_400, 2), (9_999, 3), (0, 0)])
+def test_later_updates_keep_as_many_layers_as_the_memory_holds(
+    limit: float, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a device's counters played: a layer's forward leaves 400 bytes behind, and 1,000 are taken in all."""
+    taken = iter(range(0, 100_000, 400))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: next(taken))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 1_000)
+    roles = roles_of(tmp_path, layers="all", checkpointing=True)
+    gradients = []
+    for _ in range(2):
+        with roles.choosing_kept_layers(limit):
+            roles.hidden("policy", roles.trunk(*batch())).square().sum().backward()
+        gradients.append([p.grad.clone() for p in roles.parameters("policy")])
+        roles.model.zero_grad()
+    assert roles.kept_layers == kept
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
 def test_a_score_is_taken_at_the_last_real_token(tmp_path: Path) -> None:
     roles = roles_of(tmp_path)
     roles.heads["reward"] = roles.heads["critic"]
