@@ -182,7 +182,7 @@ def _outcome_to_keep(job: Document, pods: Sequence[Document], now: float) -> Out
     over = newest.get("status", {}).get("phase") in ENDED or _ended(job, True) is not None
     if not over or job["spec"].get("suspend"):  # a queue that took its pod back will give it another one
         return None
-    code, result = _outcome(job, pods, job["metadata"]["labels"][LABEL_STAGE])
+    code, result = _outcome(job, pods, job["metadata"].get("labels", {}).get(LABEL_STAGE, ""))
     told_to_stop = _stopped(job) and code == EXIT_INTERRUPTED
     if (result is None and code is None) or (result is not None and result.artifact is not None) or told_to_stop:
         return None
