@@ -204,14 +204,37 @@ class Release:
         assert not check or done.returncode == 0, done.stderr
         return done.stdout
 
+    @cached_property
+    def on_kind(self) -> bool:
+        """Whether the nodes are kind's, on which anything can be done, and whose GPUs are numbers alone."""
+        return all(node["spec"].get("providerID", "").startswith("kind://") for node in self.objects.list("nodes"))
+
     def node_condition(self, node: str, kind: str = "Ready") -> str:
         """True, False or Unknown, as the node's conditions say."""
         found = self.objects.get("nodes", node)["status"]["conditions"]
         return str(next(each["status"] for each in found if each["type"] == kind))
 
-    def kill_operator(self) -> None:
-        """End the operator as SIGKILL does; its Deployment makes another."""
-        self.kubectl("delete", "pod", "-l", "app.kubernetes.io/component=operator", "--grace-period=0", "--force")
+    def kill_container(self, pod: Document) -> bool:
+        """SIGKILL for the process of a pod of one container; false if none runs. Kind's clusters only."""
+        [status] = pod["status"].get("containerStatuses") or [{}]
+        if "running" not in status.get("state", {}):
+            return False
+        container = status["containerID"].removeprefix("containerd://")
+        kill = ("ctr", "--namespace", "k8s.io", "tasks", "kill", "--signal", "SIGKILL", container)
+        self.on_node(pod["spec"]["nodeName"], *kill)
+        return True
+
+    def kill_operator(self) -> bool:
+        """SIGKILL for the operator, whose Deployment makes another; false if none runs just now.
+
+        Where nodes are not kind's its pod is deleted by force, of which the operator hears by a SIGTERM.
+        """
+        killed = False
+        for pod in self.objects.list("pods", "app.kubernetes.io/component=operator", "status.phase=Running"):
+            killed |= not self.on_kind or self.kill_container(pod)
+        if killed:  # in the same pod it would be started again later each time
+            self.kubectl("delete", "pod", "-l", "app.kubernetes.io/component=operator", "--grace-period=0", "--force")
+        return killed
 
     @contextmanager
     def forwarded(self, target: str, port: int) -> Iterator[str]:

@@ -11,6 +11,7 @@ from release import BUCKET, PREFIX, STAGES, Release, tiny_spec
 pytestmark = pytest.mark.timeout(1800)
 
 CHAIN_SECONDS = 900.0
+LEADS_AGAIN_SECONDS = 20.0  # what is left of the Lease, 15 s, and a start
 TRAINED = ("sft", "reward", "ppo")
 MAIN_STAGES = ("import-model", "sft", "merge", "reward", "ppo", "evaluate")
 LONGER: dict[str, Any] = {
@@ -49,9 +50,8 @@ def test_the_operator_may_die_at_any_moment(release: Release, expected: dict[str
         nonlocal kills
         if release.status("killed").get("phase") in ("Succeeded", "Failed"):
             return True
-        release.kill_operator()
-        kills += 1
-        time.sleep(moments.uniform(2, 20))
+        kills += release.kill_operator()
+        time.sleep(moments.uniform(2, LEADS_AGAIN_SECONDS + 25))
         return False
 
     release.until(ended, CHAIN_SECONDS, lambda: release.words("killed"))
@@ -64,7 +64,7 @@ def test_the_operator_may_die_at_any_moment(release: Release, expected: dict[str
 
 def test_pods_and_the_store_may_go_away(release: Release, expected: dict[str, str]) -> None:
     release.apply("lost", elsewhere("lost"))
-    # The store goes in the middle of the imports' uploads, and comes back.
+    # The store goes while the first stage runs, and comes back.
     release.running_pod("lost", "import-model")
     release.kubectl("scale", f"statefulset/{release.store_name}", "--replicas=0")
     release.kubectl("wait", "--for=delete", "pod", "-l", "app.kubernetes.io/component=object-store", "--timeout=60s")
@@ -106,16 +106,30 @@ def test_the_api_server_may_be_killed_while_stages_run(release: Release, expecte
     assert release.contents("restarted") == expected
 
 
+def test_a_pod_that_the_kubelet_evicts_is_made_again(release: Release, expected: dict[str, str]) -> None:
+    # The kubelet measures volumes once a minute: the stage has to last, and not to diverge meanwhile.
+    lasting = {"episodes": 100_000, "learningRate": 1e-6}
+    small = {"spec": {"volumes": [{"name": "tmp", "emptyDir": {"sizeLimit": "64Mi"}}]}}
+    release.apply("evicted", tiny_spec(**LONGER | {"ppo": lasting}, placement={"podTemplate": small}))
+    pod = release.training_pod("evicted", "ppo", CHAIN_SECONDS)
+    release.kubectl("exec", pod, "--", "python", "-c", "open('/tmp/too-much', 'wb').write(bytes(128 << 20))")
+    release.until(lambda: release.jobs("evicted")["ppo"] == [1, 2], 240, lambda: release.words("evicted"))
+    assert release.objects.get("pods", pod)["status"]["reason"] == "Evicted"
+    release.training_pod("evicted", "ppo")
+    [retrying] = release.objects.list("events", fields="involvedObject.name=evicted,reason=Retrying")
+    assert "the pod was evicted" in retrying["message"]
+    release.kubectl("delete", "rlhfrun", "evicted")
+
+
 def test_a_node_may_be_lost_and_found(release: Release, expected: dict[str, str]) -> None:
     again(release, "cut-off", "ppo")
     pod = release.training_pod("cut-off", "ppo", CHAIN_SECONDS)
     found = release.objects.get("pods", pod)
     node = found["spec"]["nodeName"]
-    container = found["status"]["containerStatuses"][0]["containerID"].removeprefix("containerd://")
     release.on_node(node, "systemctl", "stop", "kubelet")
     try:
         # The node goes silent, and what ran there dies unseen.
-        release.on_node(node, "ctr", "--namespace", "k8s.io", "tasks", "kill", "--signal", "SIGKILL", container)
+        assert release.kill_container(found)
         release.until(lambda: release.node_condition(node) == "Unknown", 120)
         assert release.status("cut-off")["phase"] == "Running"
         assert release.jobs("cut-off")["ppo"] == [1]
