@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_pipeline.decode.decoder import Decoder, Session, Unknown, decoder_of, forget
+from rlhf_pipeline.decode.decoder import Decoder, Session, decoder_of, forget
+from rlhf_pipeline.decode.layers import Unknown
 from rlhf_pipeline.decode.nf4_gemm import MAX_ROWS
 from rlhf_pipeline.losses import truncate_at_eos
 from rlhf_pipeline.models import stack_of

@@ -1,121 +1,24 @@
-"""A causal model's decode step on fused kernels: which models it knows, and one step over a static cache.
+"""A causal model's decode step on fused kernels, over a static cache.
 
-`decoder_of(model)` reads the model's own modules; weights stay where they are. A model whose layers it does not know,
-or whose first step differs from the model's own forward, is decoded by that forward instead.
+A model that it does not know, or whose first step differs from the model's own forward, is decoded by that forward.
 """
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rlhf_pipeline.decode.nf4_gemm import (
-    RANK_STEP,
-    Activation,
-    Choice,
-    LowRank,
-    Nf4Weight,
-    Tile,
-    dependent_launch,
-    measured,
-    nf4_gemm,
-    padded_rows,
-)
-from rlhf_pipeline.models import stack_of, vocabulary_logits
+from rlhf_pipeline.decode.layers import Layer, Linear, Norm, Unknown, launch_option, layers_of, mlp
+from rlhf_pipeline.decode.nf4_gemm import Choice, dependent_launch, measured, padded_rows
+from rlhf_pipeline.models import vocabulary_logits
 
 log = logging.getLogger(__name__)
 
-ACTIVATIONS: Final[dict[str, Activation]] = {
-    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-    "silu": "silu", "swish": "silu", "relu": "relu",
-}  # fmt: skip
-LLAMA_LIKE: Final = ("llama", "mistral", "qwen2", "qwen3")
 KEPT: Final = "_fused_decoder"
 TIMED_LAYERS: Final = 16  # of one shape, so that their weights do not all stay in the card's cache
 STATIC_ROPE: Final = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on the longest sequence seen
-
-
-class Unknown(Exception):
-    """The model has a part that the fused step does not know."""
-
-
-class Linear:
-    """A linear layer of the model, its 4-bit weight if it has one, and the adapter that is active on it."""
-
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
-        self.tuned = module if hasattr(module, "lora_A") else None
-        self.dtype = dtype
-        self.base: Any = module.base_layer if self.tuned is not None else module
-        self.weight = Nf4Weight.of(self.base)
-        self.out, self.inner = int(self.base.out_features), int(self.base.in_features)
-        self.low_rank: LowRank | None = None
-        self.tile: Tile | None = None  # None: the layer's own product
-
-    def take_adapter(self) -> None:
-        """Copy the active adapter's matrices, the scale in the second, into buffers that stay in place."""
-        if self.tuned is None:
-            return
-        tuned: Any = self.tuned
-        active = [name for name in tuned.active_adapters if name in tuned.lora_A]
-        if len(active) > 1 or getattr(tuned, "lora_magnitude_vector", None):
-            raise Unknown("more than one adapter at a time, or DoRA")
-        if self.low_rank is None:
-            rank = max(a.weight.shape[0] for a in tuned.lora_A.values())
-            padded = -(-rank // RANK_STEP) * RANK_STEP
-            like = {"dtype": self.dtype, "device": next(iter(tuned.lora_A.values())).weight.device}
-            self.low_rank = LowRank(torch.zeros(padded, self.inner, **like), torch.zeros(self.out, padded, **like))
-        if not active:
-            self.low_rank.up.zero_()  # the buffers stay: a captured graph reads them
-            return
-        a, b = tuned.lora_A[active[0]].weight.detach(), tuned.lora_B[active[0]].weight.detach()
-        self.low_rank.down[: a.shape[0]].copy_(a)
-        self.low_rank.up[:, : b.shape[1]].copy_(b * tuned.scaling[active[0]])
-
-    def __call__(self, x: Tensor, activation: Activation = "none") -> Tensor:
-        """(rows, in) -> (rows, out)."""
-        low = None if self.low_rank is None else _low(x, self.low_rank.down)
-        up = None if self.low_rank is None else self.low_rank.up
-        if self.weight is not None and self.tile is not None:
-            return nf4_gemm(x, self.weight, self.tile, self.base.bias, low, up, activation)
-        y: Tensor = self.base(x)
-        if low is not None and up is not None:
-            y = torch.addmm(y, low, up.T)
-        return _activate(y, activation)
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A layer norm or, without a mean, an RMS norm."""
-
-    weight: Tensor
-    bias: Tensor | None
-    eps: float
-    rms: bool
-
-    @classmethod
-    def of(cls, module: Any) -> "Norm":
-        if isinstance(module, nn.LayerNorm):
-            return cls(module.weight, module.bias, module.eps, rms=False)
-        return cls(module.weight, None, module.variance_epsilon, rms=True)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One decoder layer: attention and MLP, beside each other or one after the other."""
-
-    attention_norm: Norm
-    mlp_norm: Norm
-    inputs: tuple[Linear, ...]  # one for query, key and value of each head in turn, or three
-    output: Linear
-    head_norms: tuple[Norm, Norm] | None  # of query and key
-    gate: Linear | None
-    up: Linear
-    down: Linear
-    activation: Activation
-    parallel: bool
 
 
 @dataclass
@@ -209,11 +112,11 @@ class Decoder:
                     return x
             if layer.parallel:
                 second = self._attend(layer, index, normed, session)
-                first = _mlp(layer, mlp_input)
+                first = mlp(layer, mlp_input)
             else:
                 attended = self._attend(layer, index, normed, session)
                 x, mlp_input, _ = self._add_norms(x, attended, None, layer.mlp_norm)
-                first = _mlp(layer, mlp_input)
+                first = mlp(layer, mlp_input)
         _, normed, _ = self._add_norms(x, first, second, self.norm)
         return vocabulary_logits(self.model, normed)
 
@@ -242,7 +145,7 @@ class Decoder:
             query.stride(0), stride, key.stride(0), key_stride, value.stride(0), key_stride,
             keys.stride(0), keys.stride(1),
             self.heads, self.heads // self.key_heads, size, 1 << (size - 1).bit_length(), self.rotary,
-            norms is not None, 32, self.chained, num_warps=4, **_chain(self.chained),
+            norms is not None, 32, self.chained, num_warps=4, **launch_option(self.chained),
         )  # fmt: skip
         return layer.output(out)
 
@@ -262,7 +165,7 @@ class Decoder:
             norm.weight, norm.weight if norm.bias is None else norm.bias, y,
             also.weight, also.weight if also.bias is None else also.bias, y2, norm.eps,
             width, block, (first is not None) + (second is not None), norm.rms, norm.bias is not None,
-            other is not None, self.chained, num_warps=8 if block >= 4096 else 4, **_chain(self.chained),
+            other is not None, self.chained, num_warps=8 if block >= 4096 else 4, **launch_option(self.chained),
         )  # fmt: skip
         return total, y, y2
 
@@ -296,28 +199,17 @@ def _adapted(model: Any) -> int:
 
 
 def _read(model: Any) -> Decoder:
-    config = model.config.get_text_config()
     if reason := _unfit(model):
         raise Unknown(reason)
+    config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") not in STATIC_ROPE:
         raise Unknown(f"rotary embeddings of type {rope.get('rope_type')}")
-    family = config.model_type
-
-    def linear(module: Any) -> Linear:
-        return Linear(module, model.dtype)
-
-    stack = stack_of(model).layers
-    if family == "gpt_neox":
-        layers, norm = [_neox(layer, config, linear) for layer in stack], model.gpt_neox.final_layer_norm
-    elif family in LLAMA_LIKE:
-        layers, norm = [_llama(layer, config, linear) for layer in stack], model.model.norm
-    else:
-        raise Unknown(f"models of type {family}")
+    layers, norm = layers_of(model)
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
-    return Decoder(model, layers, Norm.of(norm), heads, key_heads, size, 0, size**-0.5)
+    return Decoder(model, layers, norm, heads, key_heads, size, 0, size**-0.5)
 
 
 def _unfit(model: Any) -> str | None:
@@ -326,92 +218,8 @@ def _unfit(model: Any) -> str | None:
     return None if model.dtype == torch.bfloat16 else f"activations in {model.dtype}"
 
 
-def _neox(layer: Any, config: Any, linear: Callable[[Any], Linear]) -> Layer:
-    return Layer(
-        Norm.of(layer.input_layernorm),
-        Norm.of(layer.post_attention_layernorm),
-        (linear(layer.attention.query_key_value),),
-        linear(layer.attention.dense),
-        None,
-        None,
-        linear(layer.mlp.dense_h_to_4h),
-        linear(layer.mlp.dense_4h_to_h),
-        _activation(config.hidden_act),
-        layer.use_parallel_residual,
-    )
-
-
-def _llama(layer: Any, config: Any, linear: Callable[[Any], Linear]) -> Layer:
-    attention, mlp = layer.self_attn, layer.mlp
-    normed = hasattr(attention, "q_norm")
-    return Layer(
-        Norm.of(layer.input_layernorm),
-        Norm.of(layer.post_attention_layernorm),
-        (linear(attention.q_proj), linear(attention.k_proj), linear(attention.v_proj)),
-        linear(attention.o_proj),
-        (Norm.of(attention.q_norm), Norm.of(attention.k_norm)) if normed else None,
-        linear(mlp.gate_proj),
-        linear(mlp.up_proj),
-        linear(mlp.down_proj),
-        _activation(config.hidden_act),
-        parallel=False,
-    )
-
-
-def _mlp(layer: Layer, x: Tensor) -> Tensor:
-    if layer.gate is None:
-        return layer.down(layer.up(x, layer.activation))
-    return layer.down(_gated(layer.gate(x, layer.activation), layer.up(x)))
-
-
-def _low(x: Tensor, down: Tensor) -> Tensor:
-    from rlhf_pipeline.decode.step_kernels import low_rank_kernel
-
-    rank, inner = down.shape
-    low = torch.empty(x.shape[0], rank, dtype=x.dtype, device=x.device)
-    chained = dependent_launch(x.device)
-    low_rank_kernel[(x.shape[0], rank // 4)](
-        x, down, low, inner, rank, 4, 1024, chained, num_warps=4, **_chain(chained)
-    )
-    return low
-
-
-def _gated(gate: Tensor, up: Tensor) -> Tensor:
-    from rlhf_pipeline.decode.step_kernels import gated_kernel
-
-    rows, size = gate.shape
-    out = torch.empty_like(gate)
-    chained = dependent_launch(gate.device)
-    gated_kernel[(rows, -(-size // 1024))](gate, up, out, size, 1024, chained, num_warps=4, **_chain(chained))
-    return out
-
-
-def _activate(y: Tensor, activation: Activation) -> Tensor:
-    match activation:
-        case "gelu":
-            return nn.functional.gelu(y)
-        case "gelu_tanh":
-            return nn.functional.gelu(y, approximate="tanh")
-        case "silu":
-            return nn.functional.silu(y)
-        case "relu":
-            return nn.functional.relu(y)
-        case "none":
-            return y
-
-
-def _activation(name: str) -> Activation:
-    if name not in ACTIVATIONS:
-        raise Unknown(f"the activation {name}")
-    return ACTIVATIONS[name]
-
-
 def _rotary_embedding(model: Any) -> Any:
     for module in model.modules():
         if type(module).__name__.endswith("RotaryEmbedding"):
             return module
     raise Unknown("no rotary embedding")
-
-
-def _chain(chained: bool) -> dict[str, bool]:
-    return {"launch_pdl": True} if chained else {}
