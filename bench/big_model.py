@@ -3,13 +3,19 @@
 For speed and memory only: what matters there is shapes. The process is kept within the memory of the card asked for.
 """
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+from rlhf_api.run import Lora
+from rlhf_pipeline.roles import Roles
 
 GIB = 2**30
 # GPT-NeoX-20B asks for gelu_fast, which transformers computes in seven passes over the widest tensor. `load_base` puts
@@ -99,6 +105,17 @@ def big_model(name: str, quantization: str = "nf4", layers: int | None = None) -
     model.tie_weights()
     model.config.use_cache = False
     return model.requires_grad_(False).eval()
+
+
+def four_roles(model: Any, layers: str, kept_layers: int) -> Roles:
+    """Policy, critic and a random reward as adapters of rank 16 on `model`, checkpointed but for `kept_layers`."""
+    lora = Lora(rank=16, alpha=32, layers=layers)  # type: ignore[arg-type]
+    roles = Roles(model, lora, checkpointing=True, kept_layers=kept_layers)
+    with tempfile.TemporaryDirectory() as name:
+        roles.save_adapter("critic", Path(name) / "adapter")
+        save_file({"weight": torch.randn(1, roles.width) * 0.02}, Path(name) / "head.safetensors")
+        roles.add_reward(Path(name))
+    return roles
 
 
 def _made(module: nn.Module, leaf: str, parameter: nn.Parameter) -> nn.Parameter:

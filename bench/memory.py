@@ -9,18 +9,15 @@ estimate against those of tests/api/measured_peaks.jsonl. Weights are random; a 
 import argparse
 import gc
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from big_model import CONFIGS, GIB, big_model, keep_within
-from safetensors.torch import save_file
+from big_model import CONFIGS, GIB, big_model, four_roles, keep_within
 
-from rlhf_api.run import PPO, Lora
+from rlhf_api.run import PPO
 from rlhf_pipeline import ppo_trainer
 from rlhf_pipeline.ppo_trainer import Trainer
-from rlhf_pipeline.roles import Roles
 from rlhf_pipeline.scoring import AdapterScore
 
 # model, quantization, lora.layers: [rollout rows, prompt, response, micro-batch, layers kept]
@@ -80,11 +77,7 @@ def main() -> None:
 def peaks(model: Any, layers: str, size: tuple[int, int, int, int, int]) -> dict[str, list[int]]:
     """The most that each phase of two updates held: allocated and reserved bytes."""
     rows, prompt, response, micro, kept = size
-    roles = Roles(model, Lora(rank=16, alpha=32, layers=layers), checkpointing=True, kept_layers=kept)
-    with tempfile.TemporaryDirectory() as name:
-        roles.save_adapter("critic", Path(name) / "adapter")
-        save_file({"weight": torch.randn(1, roles.width) * 0.02}, Path(name) / "head.safetensors")
-        roles.add_reward(Path(name))
+    roles = four_roles(model, layers, kept)
     settings = PPO(
         episodes=10**6, batch_size=rows, micro_batch_size=micro, rollout_batch_size=rows, prompt_tokens=prompt,
         response_tokens=response, missing_eos_penalty=None, epochs=1,

@@ -12,16 +12,13 @@ import gc
 import statistics
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from big_model import GIB, big_model, keep_within
-from safetensors.torch import save_file
+from big_model import GIB, big_model, four_roles, keep_within
 
-from rlhf_api.run import PPO, Lora
+from rlhf_api.run import PPO
 from rlhf_pipeline.ppo_trainer import Trainer
-from rlhf_pipeline.roles import Roles
 from rlhf_pipeline.scoring import AdapterScore
 
 WARM_UP = 1  # the first update is slower: it compiles, and makes the optimiser's state
@@ -61,13 +58,7 @@ def main() -> None:
 def with_roles(arguments: argparse.Namespace, layers: str, rates: dict[tuple[str, str, int], float]) -> None:
     """Measure ours with the adapters on these layers, at every size."""
     base = big_model(arguments.model)
-    lora = Lora(rank=16, alpha=32, layers=layers)
-    roles = Roles(base, lora, checkpointing=True, kept_layers=arguments.kept)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        roles.save_adapter("critic", folder / "adapter")
-        save_file({"weight": torch.randn(1, roles.width) * 0.02}, folder / "head.safetensors")
-        roles.add_reward(folder)
+    roles = four_roles(base, layers, arguments.kept)
     for size in arguments.sizes:
         prompts, prompt, response = map(int, size.split(":"))
         for epochs in arguments.epochs:

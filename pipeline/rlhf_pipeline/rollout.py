@@ -1,6 +1,7 @@
 """Sampling responses: a static KV cache, and on CUDA one graph for the whole decode step, sampling included."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -154,26 +155,40 @@ class _Decoder:
     def _prefill(self) -> Tensor | None:
         """Fill the cache and draw the first token. Returns the prompts' trunk, if any is wanted."""
         prompt = self.ids.shape[1]
-        seen: list[Tensor] = []
-        layers = stack_of(self.model).layers
-        hook = layers[self.trunk_layers].register_forward_pre_hook(
-            lambda _, given, named: seen.append(given[0] if given else named["hidden_states"]), with_kwargs=True
-        )
         causal = torch.ones(prompt, self.real.shape[1], dtype=torch.bool, device=self.ids.device).tril()
         # A query on padding attends to itself: a row without any key would be NaN and spread through the cache.
         own = torch.eye(prompt, self.real.shape[1], dtype=torch.bool, device=self.ids.device)
         allowed = (causal & self.real[:, None, None, :]) | own
-        output = self.model(
-            input_ids=self.ids,
-            attention_mask=self.prompt_mask.long() if self.windowed else self._as_mask(allowed),
-            position_ids=positions_of(self.prompt_mask),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        hook.remove()
+        with self._watching_the_trunk() as seen:
+            output = self.model(
+                input_ids=self.ids,
+                attention_mask=self.prompt_mask.long() if self.windowed else self._as_mask(allowed),
+                position_ids=positions_of(self.prompt_mask),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         self._emit(output.logits[:, -1], torch.zeros_like(self.slot))
-        return seen[0] if self.trunk_layers else None
+        return seen[0] if seen else None
+
+    @contextmanager
+    def _watching_the_trunk(self) -> Iterator[list[Tensor]]:
+        """What goes into the layer above the trunk meanwhile; nothing where no trunk is wanted."""
+        seen: list[Tensor] = []
+        if not self.trunk_layers:
+            yield seen
+            return
+        hook = (
+            stack_of(self.model)
+            .layers[self.trunk_layers]
+            .register_forward_pre_hook(
+                lambda _, given, named: seen.append(given[0] if given else named["hidden_states"]), with_kwargs=True
+            )
+        )
+        try:
+            yield seen
+        finally:
+            hook.remove()
 
     def _step(self) -> None:
         # The token drawn last goes into the cache at `slot`, and may be attended to from now on.
