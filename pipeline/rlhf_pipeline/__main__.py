@@ -39,7 +39,7 @@ PROGRAMS: dict[Program, str] = {
     "evaluate": "rlhf_pipeline.evaluate:run",
 }
 
-# A stage's log is for what went wrong; how far it is stands in its progress file.
+# A stage's log is for what went wrong and for a line now and then of how far it is, not for bars of libraries.
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
 
 

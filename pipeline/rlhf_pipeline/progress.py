@@ -1,4 +1,4 @@
-"""How far a stage is, in a small file that a watcher can read at any time."""
+"""How far a stage is: in a small file that a watcher can read at any time, and in lines of the stage's log."""
 
 import math
 import time
@@ -9,10 +9,11 @@ from rlhf_api.canonical import canonical_json
 from rlhf_api.stage import Progress
 
 INTERVAL = 0.5  # seconds between writes, at least, while nothing but the step changes
+LINE_INTERVAL = 30.0  # the same between lines of the log
 
 
 class ProgressFile:
-    """Writes Progress documents, each replacing the last in one step."""
+    """Writes Progress documents, each replacing the last in one step, and says on standard output what it is doing."""
 
     def __init__(self, path: Path, stage: str, clock: Callable[[], float] = time.time) -> None:
         self._path, self._clock = path, clock
@@ -20,6 +21,7 @@ class ProgressFile:
         self._progress = Progress(stage=stage, started_at=now, updated_at=now)
         self._first = (now, 0)  # time and step at which this phase's steps began
         self._write()
+        self._say()
 
     def update(
         self, step: int | None = None, total: int | None = None, phase: str | None = None, **metrics: float
@@ -46,6 +48,8 @@ class ProgressFile:
         )
         if new_phase or step == total or now - self._written >= INTERVAL:
             self._write()
+        if new_phase or now - self._said >= LINE_INTERVAL:
+            self._say()
 
     @property
     def now(self) -> Progress:
@@ -63,3 +67,13 @@ class ProgressFile:
         temporary.write_bytes(canonical_json(self._progress.model_dump(mode="json", by_alias=True)))
         temporary.replace(self._path)
         self._written = self._clock()
+
+    def _say(self) -> None:
+        now = self._progress
+        parts = [f"{now.stage}: {now.phase or 'begun'}"]
+        if now.total:
+            parts.append(f"step {now.step} of {now.total}")
+        if now.eta_seconds:
+            parts.append(f"{now.eta_seconds:.0f} s left")
+        print(", ".join([*parts, *(f"{name} {value:.4g}" for name, value in now.metrics.items())]), flush=True)
+        self._said = self._clock()

@@ -109,7 +109,7 @@ def install_crd(kubeconfig: Path) -> None:
             return False
         return True
 
-    until(served, 60, "the API server does not serve RLHFRuns")
+    until(served, START_SECONDS, "the API server does not serve RLHFRuns")
 
 
 def until[T](found: Callable[[], T], seconds: float, otherwise: str | Callable[[], object]) -> T:

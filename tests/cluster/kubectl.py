@@ -21,6 +21,7 @@ AWAY = (
     'User "kubernetes-admin" cannot',  # one that is just back has read no roles yet
 )
 AWAY_SECONDS = 60
+SOON = 300.0  # seconds for what takes a few: other work may share the machine
 
 Kubectl = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from kubectl import SOON
 from minio import Minio
 from objects import Objects
 
@@ -125,7 +126,7 @@ class Release:
         selector = f"rlhf.dev/run={name}" + (f",rlhf.dev/stage={stage}" if stage else "")
         return self.objects.list("pods", selector)
 
-    def running_pod(self, name: str, stage: str, timeout: float = 120) -> str:
+    def running_pod(self, name: str, stage: str, timeout: float = SOON) -> str:
         """Name of the pod of a stage that runs, waited for."""
 
         def found() -> str | None:
@@ -137,7 +138,7 @@ class Release:
 
         return self.until(found, timeout, lambda: f"no pod of {stage} runs\n{self.words(name)}")
 
-    def training_pod(self, name: str, stage: str, timeout: float = 180) -> str:
+    def training_pod(self, name: str, stage: str, timeout: float = SOON) -> str:
         """Name of the pod of a stage that has made a step, as the pod says: status hears of it later."""
         pod = self.running_pod(name, stage, timeout)
 
@@ -191,7 +192,7 @@ class Release:
 
     def operator_pod(self) -> str:
         """Name of the operator's pod, waited for until it is ready."""
-        self.kubectl("rollout", "status", f"deployment/{self.operator}", "--timeout=120s")
+        self.kubectl("rollout", "status", f"deployment/{self.operator}", f"--timeout={SOON:.0f}s")
         pods = self.objects.list("pods", "app.kubernetes.io/component=operator")
         [pod] = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
         return str(pod["metadata"]["name"])

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from bare_plane import install_crd
 from faulty_link import FaultyLink
+from kubectl import SOON
 from minio import Minio
 from minio_server import PASSWORD, USER, MinioServer, SmallDisk
 from release import BUCKET, STORE_SECRET, Kubectl, Release, reviews, tiny_spec
@@ -25,7 +26,6 @@ from rlhf_api.names import ENV_ACCESS_KEY, ENV_SECRET_KEY
 pytestmark = pytest.mark.timeout(1800)
 
 CHAIN_SECONDS = 1200.0
-NOTICED_SECONDS = 90.0  # the operator looks at a run twice a minute, and a request to a busy store takes a while
 BURST_SECONDS = 40.0
 DISK = 256 << 20
 RATE = 64 << 10  # bytes a second of the slow link
@@ -70,7 +70,7 @@ class Outside(Release):
             found = self.condition(name, "StoreReady")
             return found.get("status") == "False" and words in found["message"]
 
-        self.until(said, NOTICED_SECONDS, lambda: self.words(name))
+        self.until(said, SOON, lambda: self.words(name))
         assert self.jobs(name) == {}
         assert self.status(name)["phase"] == "Pending"
         assert self.condition(name, "Progressing")["reason"] == "StoreUnavailable"
@@ -168,7 +168,7 @@ def test_an_upload_in_the_middle_of_which_the_store_stops_is_made_again(
     )
     outside.minio.stop()
     try:
-        outside.until(lambda: f"{upload} 0" in outside.link.seen, 60, lambda: "\n".join(outside.link.seen))
+        outside.until(lambda: f"{upload} 0" in outside.link.seen, SOON, lambda: "\n".join(outside.link.seen))
         assert f"{upload} 200" not in outside.link.seen
     finally:
         outside.minio.start()

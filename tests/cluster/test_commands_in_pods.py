@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import yaml
+from kubectl import SOON
 from release import Release, tiny_spec
 from shell import BIN, Done, Shell, ended
 
@@ -57,12 +58,12 @@ class Followed:
 
 @pytest.fixture(scope="module")
 def live(shell: Shell, release: Release, followed: "subprocess.Popen[str]") -> Followed:
-    release.until(lambda: NAME in [run["metadata"]["name"] for run in release.objects.list(PLURAL)], 60)
+    release.until(lambda: NAME in [run["metadata"]["name"] for run in release.objects.list(PLURAL)], SOON)
     pod = release.running_pod(NAME, "ppo", CHAIN_SECONDS)
     path = shell.folder / "ppo.log"
     with path.open("w") as out:
         following = shell.begin("rlhf", "logs", NAME, "--stage", "ppo", "--follow", "--cluster", out=out)
-    release.until(path.read_text, 60)
+    release.until(lambda: "training" in path.read_text() or following.poll() is not None, CHAIN_SECONDS, path.read_text)
     early = path.read_text() if release.objects.get("pods", pod)["status"]["phase"] == "Running" else ""
     done = ended(following, CHAIN_SECONDS)
     return Followed(early, done, path.read_text(), release.kubectl("logs", pod).stdout)
@@ -76,7 +77,7 @@ def finished(live: Followed, followed: "subprocess.Popen[str]") -> Done:
 
 def test_logs_of_a_running_pod_are_followed_to_its_end(live: Followed) -> None:
     assert (live.done.returncode, live.done.stderr) == (0, f"rlhf: {NAME}, ppo, attempt 1\n")
-    assert live.early
+    assert "ppo: training, step" in live.early
     assert live.written == live.log
 
 

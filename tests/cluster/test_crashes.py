@@ -16,6 +16,7 @@ from typing import Any, Literal
 import pytest
 from bare_plane import BarePlane, OperatorProcess, api_of, drop_lease, until
 from between import Between
+from kubectl import SOON
 from stage_player import NOBODY, StagePlayer
 
 from rlhf_api.names import API_VERSION, GROUP, KIND, LABEL_ATTEMPT, LABEL_STAGE, PLURAL, VERSION
@@ -26,7 +27,6 @@ pytestmark = pytest.mark.timeout(900)
 
 RUN = "run"
 STAGES = ["evaluate", "import-model", "import-prompts", "ppo", "reward"]
-RUN_SECONDS = 120.0
 SOME = 8  # writes around which the operator is killed, unless all are asked for
 AT_ONCE = 3
 
@@ -150,8 +150,8 @@ def undisturbed(worlds: Callable[[str], World]) -> tuple[End, list[str]]:
     with world.operator() as (operator, between):
         world.apply()
         operator.start()
-        until(world.succeeded, RUN_SECONDS, operator.last_lines)
-        until(world.told_its_end, 10, "the last event is missing")
+        until(world.succeeded, SOON, operator.last_lines)
+        until(world.told_its_end, SOON, "the last event is missing")
         return world.end(), list(between.writes)
 
 
@@ -185,12 +185,12 @@ def test_killed_before_and_after_every_write_a_run_ends_the_same(
                 """Two statuses may become one with the timing, so that there is no such write."""
                 return number > len(between.writes) and world.told_its_end()
 
-            until(lambda: not operator.runs or spared(), RUN_SECONDS, operator.last_lines)
+            until(lambda: not operator.runs or spared(), SOON, operator.last_lines)
             assert operator.runs or between.kill_at is None, (point, operator.last_lines())
             operator.kill()
             drop_lease(world.api, world.namespace)
             operator.start()
-            until(world.succeeded, RUN_SECONDS, lambda: (point, operator.last_lines()))
+            until(world.succeeded, SOON, lambda: (point, operator.last_lines()))
         end = world.end()
         assert (end.stages, end.attempts) == (expected.stages, expected.attempts), (point, between.writes)
         # Each at most once; the few of one status may be lost with the operator.
@@ -206,12 +206,12 @@ def test_a_run_goes_on_when_the_api_server_is_killed(world: World) -> None:
     with world.operator() as (operator, _):
         world.apply()
         operator.start()
-        until(lambda: world.waits("reward"), RUN_SECONDS, operator.last_lines)
+        until(lambda: world.waits("reward"), SOON, operator.last_lines)
         pid = world.plane.api_server_pid
         world.plane.kill_api_server()
-        until(lambda: world.plane.api_server_pid != pid, 30, "the API server is not started again")
+        until(lambda: world.plane.api_server_pid != pid, SOON, "the API server is not started again")
         world.player.held.clear()
-        until(lambda: world.plane.answers() and world.succeeded(), RUN_SECONDS, operator.last_lines)
+        until(lambda: world.plane.answers() and world.succeeded(), SOON, operator.last_lines)
         assert operator.runs
     assert world.attempts() == [(stage, "1") for stage in STAGES]
 
@@ -223,13 +223,13 @@ def test_a_run_goes_on_once_an_api_server_that_hung_answers(world: World, old_co
     with world.operator() as (operator, between):
         world.apply()
         operator.start()
-        until(lambda: world.waits("reward"), RUN_SECONDS, operator.last_lines)
+        until(lambda: world.waits("reward"), SOON, operator.last_lines)
         between.hang()
         world.player.held.clear()
         time.sleep(2 * RENEW_WITHIN)
         assert world.attempts() == [(stage, "1") for stage in STAGES if stage not in ("ppo", "evaluate")]
         between.answer(old_connections)
-        until(world.succeeded, RUN_SECONDS, operator.last_lines)
+        until(world.succeeded, SOON, operator.last_lines)
         assert operator.runs
     assert world.attempts() == [(stage, "1") for stage in STAGES]
 
@@ -244,7 +244,7 @@ def test_a_run_goes_on_when_connections_break_again_and_again(world: World) -> N
             time.sleep(0.5)
             return world.succeeded()
 
-        until(ended, RUN_SECONDS, operator.last_lines)
+        until(ended, SOON, operator.last_lines)
         assert operator.runs
     assert world.attempts() == [(stage, "1") for stage in STAGES]
 
@@ -254,17 +254,17 @@ def test_of_two_operators_one_writes_and_the_other_follows_it(world: World) -> N
     with world.operator("first") as (first, of_first), world.operator("second") as (second, of_second):
         world.apply()
         first.start()
-        until(lambda: of_first.writes, RUN_SECONDS, first.last_lines)
+        until(lambda: of_first.writes, SOON, first.last_lines)
         second.start()
-        until(lambda: world.waits("reward"), RUN_SECONDS, first.last_lines)
-        until(lambda: "rlhf_operator_leads 0.0" in second.metrics(), 60, second.last_lines)
+        until(lambda: world.waits("reward"), SOON, first.last_lines)
+        until(lambda: "rlhf_operator_leads 0.0" in second.metrics(), SOON, second.last_lines)
         assert of_second.writes == []
         first.kill()
         killed = time.monotonic()
         world.player.held.clear()
         until(lambda: of_second.writes, LEASE_SECONDS + 10, second.last_lines)
         print(f"followed after {time.monotonic() - killed:.1f} s")
-        until(world.succeeded, RUN_SECONDS, second.last_lines)
+        until(world.succeeded, SOON, second.last_lines)
     assert world.attempts() == [(stage, "1") for stage in STAGES]
     assert not {reason for reason, _ in world.events()} & {"StageFailed", "Retrying"}
 
@@ -274,15 +274,15 @@ def test_a_leader_that_is_cut_off_writes_nothing_once_another_leads(world: World
     with world.operator("first") as (first, of_first), world.operator("second") as (second, of_second):
         world.apply()
         first.start()
-        until(lambda: world.waits("reward"), RUN_SECONDS, first.last_lines)
+        until(lambda: world.waits("reward"), SOON, first.last_lines)
         second.start()
-        until(lambda: "rlhf_operator_leads 0.0" in second.metrics(), 60, second.last_lines)
+        until(lambda: "rlhf_operator_leads 0.0" in second.metrics(), SOON, second.last_lines)
         of_first.hang()
         world.player.held.clear()
         until(lambda: of_second.writes, LEASE_SECONDS + 10, second.last_lines)
         written = len(of_first.writes)
         of_first.answer()
-        until(world.succeeded, RUN_SECONDS, second.last_lines)
-        until(lambda: "rlhf_operator_leads 0.0" in first.metrics(), 60, first.last_lines)
+        until(world.succeeded, SOON, second.last_lines)
+        until(lambda: "rlhf_operator_leads 0.0" in first.metrics(), SOON, first.last_lines)
         assert of_first.writes[written:] == []
     assert world.attempts() == [(stage, "1") for stage in STAGES]

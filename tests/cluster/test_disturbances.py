@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import pytest
+from kubectl import SOON
 from release import BUCKET, PREFIX, STAGES, Release, tiny_spec
 
 pytestmark = pytest.mark.timeout(1800)
@@ -67,7 +68,9 @@ def test_pods_and_the_store_may_go_away(release: Release, expected: dict[str, st
     # The store goes while the first stage runs, and comes back.
     release.running_pod("lost", "import-model")
     release.kubectl("scale", f"statefulset/{release.store_name}", "--replicas=0")
-    release.kubectl("wait", "--for=delete", "pod", "-l", "app.kubernetes.io/component=object-store", "--timeout=60s")
+    release.kubectl(
+        "wait", "--for=delete", "pod", "-l", "app.kubernetes.io/component=object-store", f"--timeout={SOON:.0f}s"
+    )
     time.sleep(20)
     release.kubectl("scale", f"statefulset/{release.store_name}", "--replicas=1")
     # A pod deleted while it trains,
@@ -113,7 +116,7 @@ def test_a_pod_that_the_kubelet_evicts_is_made_again(release: Release, expected:
     release.apply("evicted", tiny_spec(**LONGER | {"ppo": lasting}, placement={"podTemplate": small}))
     pod = release.training_pod("evicted", "ppo", CHAIN_SECONDS)
     release.kubectl("exec", pod, "--", "python", "-c", "open('/tmp/too-much', 'wb').write(bytes(128 << 20))")
-    release.until(lambda: release.jobs("evicted")["ppo"] == [1, 2], 240, lambda: release.words("evicted"))
+    release.until(lambda: release.jobs("evicted")["ppo"] == [1, 2], SOON, lambda: release.words("evicted"))
     assert release.objects.get("pods", pod)["status"]["reason"] == "Evicted"
     release.training_pod("evicted", "ppo")
     [retrying] = release.objects.list("events", fields="involvedObject.name=evicted,reason=Retrying")
@@ -130,12 +133,12 @@ def test_a_node_may_be_lost_and_found(release: Release, expected: dict[str, str]
     try:
         # The node goes silent, and what ran there dies unseen.
         assert release.kill_container(found)
-        release.until(lambda: release.node_condition(node) == "Unknown", 120)
+        release.until(lambda: release.node_condition(node) == "Unknown", SOON)
         assert release.status("cut-off")["phase"] == "Running"
         assert release.jobs("cut-off")["ppo"] == [1]
     finally:
         release.on_node(node, "systemctl", "start", "kubelet")
-    release.until(lambda: release.node_condition(node) == "True", 120)
+    release.until(lambda: release.node_condition(node) == "True", SOON)
     release.wait("cut-off", timeout=CHAIN_SECONDS)
     assert release.jobs("cut-off") == {"ppo": [1, 2], "evaluate": [1]}
     assert release.contents("cut-off") == expected
@@ -152,8 +155,8 @@ def test_suspended_and_deleted_in_every_stage(release: Release, expected: dict[s
         return [pod["metadata"]["name"] for pod in pods if pod["status"]["phase"] in ("Pending", "Running")]
 
     def delete() -> None:
-        release.kubectl("delete", "rlhfrun", "paused", "--timeout=60s")
-        release.until(lambda: not release.pods("paused") and not release.jobs("paused"), 180)
+        release.kubectl("delete", "rlhfrun", "paused", f"--timeout={SOON:.0f}s")
+        release.until(lambda: not release.pods("paused") and not release.jobs("paused"), SOON)
 
     def start(stage: str) -> None:
         """Apply the run, and wait until the stage runs."""
@@ -174,12 +177,12 @@ def test_suspended_and_deleted_in_every_stage(release: Release, expected: dict[s
         release.patch("paused", {"suspend": True})
         # A stage that ends before it hears of it has ended; if it was the last one, so has the run.
         ended = release.until(
-            lambda: (now := phase()) in ("Suspended", "Succeeded") and now, 120, lambda: release.words("paused")
+            lambda: (now := phase()) in ("Suspended", "Succeeded") and now, SOON, lambda: release.words("paused")
         )
         assert not at_work()
         release.patch("paused", {"suspend": False})
         if ended == "Suspended":
-            release.until(lambda: at_work() or phase() == "Succeeded", 120, lambda: release.words("paused"))
+            release.until(lambda: at_work() or phase() == "Succeeded", SOON, lambda: release.words("paused"))
         delete()
     release.apply("paused", spec)
     release.wait("paused", timeout=CHAIN_SECONDS)

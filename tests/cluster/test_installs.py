@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from bare_plane import CRD, BarePlane, new_plane, until
-from kubectl import BIN, Kubectl, kubectl_of
+from kubectl import BIN, SOON, Kubectl, kubectl_of
 from rendered_chart import CHART, ROOT, helm, one, rendered
 
 RELEASE = "rlhf"
@@ -26,7 +26,6 @@ RUN = {
         },
     },
 }
-SECONDS = 60.0
 
 Document = dict[str, Any]
 
@@ -91,8 +90,8 @@ def early(kubectl: Kubectl, namespace: str) -> Document:
 
 
 def served(kubectl: Kubectl) -> None:
-    kubectl("wait", "--for=condition=Established", f"crd/{CRD}", f"--timeout={SECONDS:.0f}s")
-    until(lambda: kubectl("get", "rlhfruns", "-A", check=False).returncode == 0, SECONDS, "RLHFRuns are not served")
+    kubectl("wait", "--for=condition=Established", f"crd/{CRD}", f"--timeout={SOON:.0f}s")
+    until(lambda: kubectl("get", "rlhfruns", "-A", check=False).returncode == 0, SOON, "RLHFRuns are not served")
 
 
 def test_an_upgrade_brings_the_fields_of_the_new_crd_and_keeps_the_runs(
@@ -112,7 +111,7 @@ def test_an_upgrade_brings_the_fields_of_the_new_crd_and_keeps_the_runs(
     assert 'unknown field "spec.ttlSecondsAfterFinished"' in patched('{"ttlSecondsAfterFinished": 60}').stderr
 
     release.bring(CHART)
-    until(lambda: "ttlSecondsAfterFinished" in kubectl("explain", "rlhfrun.spec").stdout, SECONDS, "an older CRD")
+    until(lambda: "ttlSecondsAfterFinished" in kubectl("explain", "rlhfrun.spec").stdout, SOON, "an older CRD")
     after = early(kubectl, release.namespace)
     assert after["metadata"]["uid"] == before["metadata"]["uid"]
     assert after["spec"].pop("ppo") == {**before["spec"].pop("ppo"), "whitenRewards": False}
@@ -140,7 +139,7 @@ def test_an_uninstall_takes_the_crd_along_where_it_shall(release: Chart, kubectl
     release.bring(CHART, "crds.keep=false")
     served(kubectl)
     release.helm("uninstall", RELEASE)
-    kubectl("wait", "--for=delete", f"crd/{CRD}", f"--timeout={SECONDS:.0f}s")
+    kubectl("wait", "--for=delete", f"crd/{CRD}", f"--timeout={SOON:.0f}s")
 
 
 def test_the_plain_install_is_what_its_head_says(plane: BarePlane, kubectl: Kubectl) -> None:
@@ -163,7 +162,7 @@ def test_the_plain_install_is_what_its_head_says(plane: BarePlane, kubectl: Kube
     def all_there() -> bool:
         return components() == {"operator", "object-store", "bucket"}
 
-    until(all_there, SECONDS, lambda: f"pods of {components()}, {kubectl('-n', 'rlhf-system', 'get', 'events').stdout}")
+    until(all_there, SOON, lambda: f"pods of {components()}, {kubectl('-n', 'rlhf-system', 'get', 'events').stdout}")
     keys = {(each["metadata"]["name"], key) for each in items("secrets") for key in each["data"]}
     containers = [container for pod in items("pods") for container in pod["spec"]["containers"]]
     sources = [entry.get("valueFrom", {}) for container in containers for entry in container["env"]]

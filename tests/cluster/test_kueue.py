@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from kubectl import SOON
 from release import BUCKET, PREFIX, STAGES, Release, tiny_spec
 
 from rlhf_api.names import LABEL_QUEUE
@@ -29,7 +30,7 @@ def stop(release: Release, request: pytest.FixtureRequest) -> Iterator[Stop]:
         pytest.skip("this cluster has no Kueue")
     release.kubectl("label", "namespace", release.namespace, "rlhf.dev/kueue=yes")
     # Its webhooks may take a moment to be known.
-    release.until(lambda: release.kubectl("apply", "-f", QUEUE, check=False).returncode == 0, 60)
+    release.until(lambda: release.kubectl("apply", "-f", QUEUE, check=False).returncode == 0, SOON)
     yield lambda policy: change(release, policy)
     release.kubectl("delete", "rlhfrun", "queued")
     release.kubectl("delete", "-f", QUEUE, "--wait=false")
@@ -50,14 +51,14 @@ def test_a_queue_holds_a_run_up_and_takes_its_place_away_and_nothing_is_tried_tw
     # A store prefix of its own: nothing is there to reuse, whatever else the release has run.
     spec = tiny_spec(objectStore={"bucket": BUCKET, "prefix": f"{PREFIX}/queued"}, ppo={"episodes": 128})
     release.apply("queued", spec, **{LABEL_QUEUE: "rlhf"})
-    release.until(lambda: queued(release), 120, lambda: release.words("queued"))
+    release.until(lambda: queued(release), SOON, lambda: release.words("queued"))
     assert release.jobs("queued"), "there is no Job that could wait"
     assert not release.pods("queued")
 
     stop("None")
     release.training_pod("queued", "ppo", CHAIN_SECONDS)
     stop("HoldAndDrain")
-    release.until(lambda: queued(release) and not release.pods("queued", "ppo"), 180, lambda: release.words("queued"))
+    release.until(lambda: queued(release) and not release.pods("queued", "ppo"), SOON, lambda: release.words("queued"))
     assert release.states("queued")["ppo"] == "Pending"
 
     stop("None")

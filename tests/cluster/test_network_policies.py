@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+from kubectl import SOON
 from release import Release
 
 pytestmark = pytest.mark.timeout(600)
@@ -69,7 +70,7 @@ class Prober:
             },
         }
         self._release.kubectl("apply", "-f", "-", stdin=document)
-        return str(self._release.until(lambda: self._release.objects.get("pods", name)["status"].get("podIP"), 60))
+        return str(self._release.until(lambda: self._release.objects.get("pods", name)["status"].get("podIP"), SOON))
 
     def said(self, name: str) -> dict[str, str]:
         """Target -> why the pod does not reach it, "" where it does: its last round."""
@@ -77,7 +78,7 @@ class Prober:
         def rounds() -> list[str]:
             return self._release.kubectl("logs", name, check=False).stdout.splitlines()
 
-        self._release.until(lambda: len(rounds()) == ROUNDS, 120)
+        self._release.until(lambda: len(rounds()) == ROUNDS, SOON)
         found: dict[str, str] = json.loads(rounds()[-1])
         return found
 

@@ -117,7 +117,7 @@ def test_a_pod_that_asks_for_a_gpu_runs_on_the_labelled_node_and_reaches_the_api
     )
     cluster_kubectl("apply", "-n", cluster_namespace, "-f", "-", stdin=document)
     done = cluster_kubectl(
-        "wait", "--for=condition=Complete", "job/smoke", "-n", cluster_namespace, "--timeout=90s", check=False
+        "wait", "--for=condition=Complete", "job/smoke", "-n", cluster_namespace, "--timeout=300s", check=False
     )
     pod = only_pod(cluster_kubectl, cluster_namespace)
     assert done.returncode == 0, yaml.safe_dump(pod["status"])
@@ -133,7 +133,7 @@ def test_a_pod_that_asks_for_more_gpus_than_there_are_is_unschedulable(
     cluster_kubectl("apply", "-n", cluster_namespace, "-f", "-", stdin=document)
     cluster_kubectl(
         "wait", "--for=condition=PodScheduled=False", "pod", "-l", "job-name=smoke", "-n", cluster_namespace,
-        "--timeout=60s",
+        "--timeout=300s",
     )  # fmt: skip
     conditions = only_pod(cluster_kubectl, cluster_namespace)["status"]["conditions"]
     assert "Insufficient nvidia.com/gpu" in conditions[0]["message"]
@@ -145,6 +145,6 @@ def test_a_container_over_its_memory_limit_is_killed_for_memory(
     # kubectl alone needs more than this to start.
     document = job(image, "version", "--client", resources={"limits": {"memory": "8Mi"}})
     cluster_kubectl("apply", "-n", cluster_namespace, "-f", "-", stdin=document)
-    cluster_kubectl("wait", "--for=condition=Failed", "job/smoke", "-n", cluster_namespace, "--timeout=90s")
+    cluster_kubectl("wait", "--for=condition=Failed", "job/smoke", "-n", cluster_namespace, "--timeout=300s")
     state = only_pod(cluster_kubectl, cluster_namespace)["status"]["containerStatuses"][0]["state"]
     assert state["terminated"]["reason"] == "OOMKilled"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from bare_plane import BarePlane, OperatorProcess, api_of, drop_lease, until
+from kubectl import SOON
 from rendered_chart import one, rendered
 from stage_player import NOBODY, StagePlayer
 
@@ -19,7 +20,6 @@ from rlhf_operator.kubernetes_api import KubernetesApi, NotFound
 
 pytestmark = pytest.mark.timeout(600)
 
-SECONDS = 120.0
 RUNS = ("plain", "paused", "cleaned", "brief", "taken", "stage-pods")
 RELEASE = ("ServiceAccount", "Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding", "Lease")
 
@@ -71,7 +71,7 @@ class Installed:
             run = self.api.request("GET", self.path(name))
             return bool(run.get("status", {}).get("phase") == phase)
 
-        until(found, SECONDS, lambda: f"{name} is not {phase}\n{self.operator.last_lines()}")
+        until(found, SOON, lambda: f"{name} is not {phase}\n{self.operator.last_lines()}")
 
     def waits_for(self, name: str) -> str | None:
         """The reason that the run's condition Progressing gives."""
@@ -85,7 +85,7 @@ class Installed:
                 return False
             return True
 
-        until(gone, SECONDS, lambda: f"{name} is still there\n{self.operator.last_lines()}")
+        until(gone, SOON, lambda: f"{name} is still there\n{self.operator.last_lines()}")
 
     def requests(self) -> list[Document]:
         """The operator's requests as the API server wrote them down, without those about runs that other tests left."""
@@ -175,9 +175,9 @@ def test_no_permission_lacks_and_none_is_unused(installed: Installed) -> None:
         installed.apply("brief", ttlSecondsAfterFinished=1)
         theirs = _take_name_of(installed, job_name("taken", "import-model", 1))
         installed.apply("taken")
-        until(lambda: installed.waits_for("taken") == "NameTaken", SECONDS, installed.operator.last_lines)
+        until(lambda: installed.waits_for("taken") == "NameTaken", SOON, installed.operator.last_lines)
         installed.api.request("DELETE", theirs)
-        until(lambda: _job(installed, "paused", "reward"), SECONDS, installed.operator.last_lines)
+        until(lambda: _job(installed, "paused", "reward"), SOON, installed.operator.last_lines)
         installed.patch("paused", {"suspend": True})
         installed.until_phase("paused", "Suspended")
         player.held.clear()
@@ -188,7 +188,7 @@ def test_no_permission_lacks_and_none_is_unused(installed: Installed) -> None:
         installed.api.request("DELETE", installed.path("cleaned"))
         installed.until_gone("cleaned")
         installed.until_gone("brief")
-        until(lambda: not installed.unused(), 60, lambda: f"granted and not used: {installed.unused()}")
+        until(lambda: not installed.unused(), SOON, lambda: f"granted and not used: {installed.unused()}")
     assert installed.operator.runs
     refused = [each for each in installed.requests() if each["responseStatus"]["code"] in (401, 403)]
     assert [(each["verb"], each["requestURI"]) for each in refused] == []
@@ -206,7 +206,7 @@ def test_stage_pods_have_an_account_without_rights_and_no_token_of_it(
         pods: list[Document] = installed.api.request("GET", path, query=query)["items"]
         return pods
 
-    pod = until(found, SECONDS, installed.operator.last_lines)[0]["spec"]
+    pod = until(found, SOON, installed.operator.last_lines)[0]["spec"]
     assert pod["serviceAccountName"] == "default"
     assert pod["automountServiceAccountToken"] is False
     assert not [volume for volume in pod["volumes"] if "projected" in volume or "secret" in volume]

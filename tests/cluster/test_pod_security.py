@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from bare_plane import BarePlane, OperatorProcess, api_of, until
 from between import Between
+from kubectl import SOON
 from rendered_chart import VALUES, pod_specs, rendered
 
 from rlhf_api.names import API_VERSION, GROUP, KIND, PLURAL, STAGE_CONTAINER, VERSION
@@ -20,7 +21,7 @@ from rlhf_operator.jobs import stage_job
 from rlhf_operator.operator_settings import OperatorSettings
 from rlhf_operator.stages import chain
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 SETTINGS = OperatorSettings(
     image="rlhf-pipeline:1",
@@ -191,7 +192,7 @@ def test_a_template_that_the_level_forbids_is_said_in_the_runs_conditions(
         operator = OperatorProcess(tmp_path / "kubeconfig", tmp_path / "store", tmp_path / "log", [restricted])
         operator.start()
         try:
-            until(lambda: condition()[0] == "NoPod", 90, lambda: f"{condition()}\n{operator.last_lines()}")
+            until(lambda: condition()[0] == "NoPod", SOON, lambda: f"{condition()}\n{operator.last_lines()}")
             _, message = condition()
             assert message.startswith("import-model: the Job bad--import-model-1 has no pod")
             assert "Pod Security" in message
@@ -200,11 +201,11 @@ def test_a_template_that_the_level_forbids_is_said_in_the_runs_conditions(
             assert len(between.writes) <= MOST_WRITES, between.writes
             assert _looks(operator) <= MOST_LOOKS
             api.request("PATCH", f"{runs}/bad", {"spec": {"suspend": True}})
-            until(lambda: condition()[0] == "Suspended", 60, lambda: f"{condition()}\n{operator.last_lines()}")
+            until(lambda: condition()[0] == "Suspended", SOON, lambda: f"{condition()}\n{operator.last_lines()}")
             mended = {"spec": {"schedulerName": "nobody", "containers": None}}
             api.request("PATCH", f"{runs}/bad", {"spec": {"placement": {"podTemplate": mended}}})
             api.request("PATCH", f"{runs}/bad", {"spec": {"suspend": False}})
-            until(lambda: "import-model" in pods(), 60, lambda: f"{condition()}\n{operator.last_lines()}")
+            until(lambda: "import-model" in pods(), SOON, lambda: f"{condition()}\n{operator.last_lines()}")
         finally:
             operator.kill()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from bare_plane import OperatorProcess, api_of, until
+from kubectl import SOON
 
 from rlhf_api.names import API_VERSION, GROUP, KIND, PLURAL, STAGE_CONTAINER, VERSION
 
@@ -45,7 +46,7 @@ def test_a_field_that_there_is_not_fails_the_run_with_its_name(
             found = [each for each in conditions if each["type"] == "Failed" and each["status"] == "True"]
             return f"{found[0]['reason']}: {found[0]['message']}" if found else None
 
-        message = until(failed, 60, operator.last_lines)
+        message = until(failed, SOON, operator.last_lines)
         assert message.startswith("User: import-model: ")
         assert f'unknown field "{field}"' in message
         assert not api.request("GET", f"/apis/batch/v1/namespaces/{api_namespace}/jobs")["items"]

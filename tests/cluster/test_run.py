@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from kubectl import SOON
 from release import BUCKET, GPU_NODE, PREFIX, STAGES, STORE_SECRET, Release, tiny_spec
 
 pytestmark = pytest.mark.timeout(1500)
@@ -56,7 +57,7 @@ def first(release: Release) -> tuple[str, dict[str, Any]]:
 
 
 def test_helm_test_passes(release: Release) -> None:
-    done = release.helm("test", "rlhf", "--logs", "--timeout=120s")
+    done = release.helm("test", "rlhf", "--logs", f"--timeout={SOON:.0f}s")
     assert "Phase:          Succeeded" in done.stdout, done.stdout
 
 
@@ -124,7 +125,7 @@ def test_a_run_waits_for_a_node_and_says_so(release: Release, first: Any) -> Non
     def unschedulable() -> bool:
         return release.condition("waiting", "Progressing").get("reason") == "Unschedulable"
 
-    release.until(unschedulable, 60, lambda: release.words("waiting"))
+    release.until(unschedulable, SOON, lambda: release.words("waiting"))
     assert release.status("waiting")["phase"] == "Pending"
     assert "node" in release.condition("waiting", "Progressing")["message"]
     [node, *_] = [n["metadata"]["name"] for n in release.objects.list("nodes", "rlhf.dev/gpu-memory")]

@@ -25,7 +25,7 @@ from rlhf_api.stage import (
     stage_digest,
 )
 from rlhf_pipeline.failures import classify
-from rlhf_pipeline.progress import INTERVAL, ProgressFile
+from rlhf_pipeline.progress import INTERVAL, LINE_INTERVAL, ProgressFile
 from rlhf_store.artifacts import Manifest, open_artifacts
 
 LAUNCH = """
@@ -350,6 +350,28 @@ def test_progress_extrapolates_the_time_left_of_its_phase(tmp_path: Path) -> Non
     assert written().step == 4  # too soon
     progress.update(step=10)
     assert (written().step, written().total, written().eta_seconds) == (10, 10, 0)
+
+
+def test_a_log_tells_of_every_phase_and_now_and_then_of_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock()
+    progress = ProgressFile(tmp_path / "progress.json", "ppo", clock)
+    progress.update(phase="loading")
+    progress.update(step=0, total=10, phase="training")
+    for step in range(1, 10):
+        clock.now += LINE_INTERVAL / 4
+        progress.update(step=step, total=10, phase="training", reward=step / 7)
+    progress.update(step=10)
+    progress.update(phase="saving")
+    assert capsys.readouterr().out.splitlines() == [
+        "ppo: begun",
+        "ppo: loading",
+        "ppo: training, step 0 of 10",
+        "ppo: training, step 4 of 10, 45 s left, reward 0.5714",
+        "ppo: training, step 8 of 10, 15 s left, reward 1.143",
+        "ppo: saving, step 10 of 10, reward 1.286",
+    ]
 
 
 def test_the_first_of_our_own_errors_in_a_chain_counts(tmp_path: Path) -> None:
