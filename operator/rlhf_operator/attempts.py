@@ -14,6 +14,7 @@ from rlhf_api.names import (
     ANNOTATION_OUTCOME,
     ANNOTATION_STOPPED,
     EXIT_INTERRUPTED,
+    EXIT_OK,
     EXIT_OUT_OF_MEMORY,
     LABEL_ATTEMPT,
     LABEL_STAGE,
@@ -24,6 +25,7 @@ from rlhf_api.stage import Progress, StageFailure, StageResult
 from rlhf_operator.conditions import Hold, unix_time
 from rlhf_operator.plan import Attempt
 from rlhf_operator.pod_template import Document
+from rlhf_operator.seen import POD_ENDED
 
 SIGTERM_EXIT: Final = 128 + 15  # a container that SIGTERM ended before it could handle it
 SIGKILL_EXIT: Final = 128 + 9
@@ -37,7 +39,6 @@ BLOCKED: Final = (
     "CreateContainerError",
     "RunContainerError",
 )
-ENDED: Final = ("Succeeded", "Failed")  # phases of a pod
 NO_POD_SECONDS: Final = 15.0  # after a Job began, in which it would have made its pod
 SLOW_SECONDS: Final = 120.0  # after a pod got its node, in which most have an image, their volumes, and start
 LOST_SECONDS: Final = 60.0  # after a pod should have been gone: its node does not answer
@@ -111,7 +112,7 @@ def _attempt(
     )
     alive = any(_is_alive(pod, now) for pod in pods)
     ended = _ended(job, bool(pods))
-    if ended is None and _stopped_before_it_ran(job, pods):
+    if ended is None and _stopped_before_it_ran(job):
         ended = unix_time(annotations[ANNOTATION_STOPPED])
     if ended is None or alive:
         return _with(attempt, held=_hold(job, pods, now))
@@ -136,9 +137,9 @@ def _ended(job: Document, has_pods: bool) -> float | None:
     return None
 
 
-def _stopped_before_it_ran(job: Document, pods: Sequence[Document]) -> bool:
+def _stopped_before_it_ran(job: Document) -> bool:
     """Told to stop while a queue held the Job back: its deadline, which would end it, does not run then."""
-    return _stopped(job) and bool(job["spec"].get("suspend")) and not pods
+    return _stopped(job) and bool(job["spec"].get("suspend"))
 
 
 def _is_alive(pod: Document, now: float) -> bool:
@@ -146,11 +147,11 @@ def _is_alive(pod: Document, now: float) -> bool:
     due = pod["metadata"].get("deletionTimestamp")
     if due and now > unix_time(due) + LOST_SECONDS:
         return False
-    return pod.get("status", {}).get("phase") not in ENDED
+    return pod.get("status", {}).get("phase") not in POD_ENDED
 
 
 def _outcome(job: Document, pods: Sequence[Document], stage: str) -> tuple[int | None, StageResult | None]:
-    """Exit code and result of an attempt that ended; both None if it was told to stop, or succeeded unseen."""
+    """Exit code and result of an attempt that ended: both None if it was told to stop, no result if nobody saw it."""
     newest, kept = _newest(pods), _kept(job)
     if kept is not None and (newest is None or newest["metadata"]["uid"] == kept.pod):
         return kept.exit_code, kept.result
@@ -167,8 +168,10 @@ def _outcome(job: Document, pods: Sequence[Document], stage: str) -> tuple[int |
         if told or stopped:
             return EXIT_INTERRUPTED, result
         return _without_result(stage, newest or {}, ended, code, text)
-    if stopped or _condition(job, "Complete"):
+    if stopped:
         return None, None
+    if _condition(job, "Complete"):
+        return EXIT_OK, None
     return None, _failed(stage, "infrastructure", _loss(job, newest))
 
 
@@ -179,12 +182,12 @@ def _outcome_to_keep(job: Document, pods: Sequence[Document], now: float) -> Out
     if kept is not None and kept.pod == newest["metadata"]["uid"]:
         return None
     # The Job says so later than its pod, and may do so when that is gone. A pod whose node is lost may yet come back.
-    over = newest.get("status", {}).get("phase") in ENDED or _ended(job, True) is not None
+    over = newest.get("status", {}).get("phase") in POD_ENDED or _ended(job, True) is not None
     if not over or job["spec"].get("suspend"):  # a queue that took its pod back will give it another one
         return None
     code, result = _outcome(job, pods, job["metadata"].get("labels", {}).get(LABEL_STAGE, ""))
     told_to_stop = _stopped(job) and code == EXIT_INTERRUPTED
-    if (result is None and code is None) or (result is not None and result.artifact is not None) or told_to_stop:
+    if (result is None and code in (None, EXIT_OK)) or (result is not None and result.artifact is not None) or told_to_stop:
         return None
     return Outcome(pod=newest["metadata"]["uid"], exit_code=code, result=result)
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from rlhf_api.budget import ModelShape
 from rlhf_api.errors import RETRIED, FailureClass
-from rlhf_api.names import EXIT_INTERRUPTED
+from rlhf_api.names import EXIT_INTERRUPTED, EXIT_OK
 from rlhf_api.rules import misfits, problems
 from rlhf_api.run import RLHFRun, RunStatus, StageState, StageStatus
 from rlhf_api.stage import Progress, StageFailure, StageResult, StageSettings
@@ -34,7 +34,10 @@ UNFINISHED: Final = ("Running", "Pending", "Failed", "Suspended", "Waiting")
 
 @dataclass(frozen=True)
 class Attempt:
-    """One process of one stage, as last seen. `finished` is None while it runs; `digest` is that of its output."""
+    """One process of one stage, as last seen. `finished` is None while it runs; `digest` is that of its output.
+
+    One that ended well may have no result, if nobody saw it: whether the artifact is there tells.
+    """
 
     number: int
     digest: str
@@ -61,7 +64,7 @@ class Attempt:
             return None
         if self.result is not None and self.result.failure is not None:
             return self.result.failure
-        if self.result is not None and self.result.artifact is not None:
+        if self.exit_code == EXIT_OK or (self.result is not None and self.result.artifact is not None):
             return None
         return StageFailure(failure="bug", message=f"the stage exited with code {self.exit_code} and left no result")
 

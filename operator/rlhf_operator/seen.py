@@ -2,12 +2,13 @@
 
 import threading
 from collections.abc import Iterable
-from typing import Literal
+from typing import Final, Literal
 
 from rlhf_api.names import LABEL_RUN
 from rlhf_operator.pod_template import Document
 
 Kind = Literal["run", "job", "pod"]
+POD_ENDED: Final = ("Succeeded", "Failed")  # phases
 Key = tuple[str, str]
 """Namespace and name."""
 
@@ -29,9 +30,12 @@ class Seen:
             self._put(kind, document)
 
     def drop(self, kind: Kind, document: Document) -> None:
-        """Note that an object is gone."""
+        """Note that an object is gone. A pod that had ended stays until `replace`: how it did may not be read yet."""
         with self._lock:
-            self._drop(kind, key_of(document))
+            if kind == "pod" and document.get("status", {}).get("phase") in POD_ENDED:
+                self._put(kind, document)
+            else:
+                self._drop(kind, key_of(document))
 
     def replace(self, kind: Kind, documents: Iterable[Document], version: str) -> list[Key]:
         """Note all objects of a kind as they were at `version` of the API server, so that no missed event matters.

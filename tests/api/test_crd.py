@@ -1,5 +1,6 @@
 """The CRD is a structural schema, by the rules of the Kubernetes API, and knows every field and default."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from rlhf_api.names import GROUP, PLURAL
 from rlhf_api.rules import RULES
 from rlhf_api.run import RunSpec
 
-CRD_FILE = Path(__file__).parents[2] / "manifests/crd/rlhfruns.yaml"
+ROOT = Path(__file__).parents[2]
+CRD_FILE = ROOT / "manifests/crd/rlhfruns.yaml"
+CHART_SCHEMA = ROOT / "charts/rlhf-operator/values.schema.json"
 SCHEMA: dict[str, Any] = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
 SPEC = SCHEMA["properties"]["spec"]
 
@@ -189,3 +192,12 @@ def _without_nulls(value: dict[str, Any]) -> dict[str, Any]:
         for name, inner in value.items()
         if inner is not None
     }
+
+
+@pytest.mark.parametrize("name", ["bucket", "prefix", "endpoint"])
+def test_the_chart_takes_no_object_store_that_a_run_could_not_name(name: str) -> None:
+    of_run = SPEC["properties"]["objectStore"]["properties"][name]
+    of_chart = json.loads(CHART_SCHEMA.read_text())["properties"]["objectStore"]["properties"][name]
+    limits = {key: of_run[key] for key in ("pattern", "minLength", "maxLength") if key in of_run}
+    none = "^$|" if name == "endpoint" else ""  # the chart's default: the bundled store
+    assert {key: of_chart.get(key) for key in limits} == limits | {"pattern": none + limits["pattern"]}

@@ -254,6 +254,16 @@ def test_what_is_gone_is_dropped() -> None:
     assert seen.run(A) is None
 
 
+@pytest.mark.parametrize("phase", ["Failed", "Succeeded"])
+def test_how_a_deleted_pod_ended_stays_known_until_the_next_listing(phase: str) -> None:
+    seen = Seen()
+    seen.put("pod", pod("p", 2) | {"status": {"phase": "Running"}})
+    seen.drop("pod", pod("p", 3) | {"status": {"phase": phase}})
+    assert [each["status"]["phase"] for each in seen.of_run("pod", A)] == [phase]
+    assert seen.replace("pod", [], "4") == [A]
+    assert seen.of_run("pod", A) == []
+
+
 # ---- metrics and events ---------------------------------------------------------------------------------------------
 
 

@@ -397,12 +397,13 @@ def test_an_interrupted_stage_goes_on_at_once_but_not_in_a_tight_loop() -> None:
     assert (decided.actions, decided.wake_at) == ((), NOW + BACKOFF_SECONDS)
 
 
-def test_success_without_an_artifact_is_tried_again() -> None:
-    result = StageResult(stage="import-model", artifact=LINKS["import-model"].output)
+@pytest.mark.parametrize("result", [StageResult(stage="import-model", artifact=LINKS["import-model"].output), None])
+def test_success_without_an_artifact_is_tried_again_and_given_up(result: StageResult | None) -> None:
     lie = attempt("import-model", finished=950.0, exit_code=0, result=result)
     assert starts(plan(resource(), Observed(attempts={"import-model": [lie]}), NOW)) == {"import-model"}
     lies = [replace(lie, number=number) for number in range(1, 6)]
     decided = plan(resource(), Observed(attempts={"import-model": lies}), NOW)
+    assert decided.status.phase == "Failed"
     assert "is not in the store" in str(decided.status.stages[0].message)
 
 

@@ -783,7 +783,7 @@ def test_a_pod_that_does_not_start_says_where_to_look() -> None:
 
 def test_a_success_whose_pod_is_gone_is_left_to_the_store() -> None:
     attempt = seen(failed_job("", "Complete"))
-    assert (attempt.finished, attempt.interrupted, attempt.failure) == (NOW + 5, True, None)
+    assert (attempt.finished, attempt.exit_code, attempt.interrupted, attempt.failure) == (NOW + 5, 0, False, None)
 
 
 def test_an_attempt_began_after_it_was_asked_for_whatever_the_clocks_say() -> None:
