@@ -187,7 +187,11 @@ def _outcome_to_keep(job: Document, pods: Sequence[Document], now: float) -> Out
         return None
     code, result = _outcome(job, pods, job["metadata"].get("labels", {}).get(LABEL_STAGE, ""))
     told_to_stop = _stopped(job) and code == EXIT_INTERRUPTED
-    if (result is None and code in (None, EXIT_OK)) or (result is not None and result.artifact is not None) or told_to_stop:
+    if (
+        (result is None and code in (None, EXIT_OK))
+        or (result is not None and result.artifact is not None)
+        or told_to_stop
+    ):
         return None
     return Outcome(pod=newest["metadata"]["uid"], exit_code=code, result=result)
 
