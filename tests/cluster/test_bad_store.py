@@ -164,7 +164,7 @@ def test_an_upload_in_the_middle_of_which_the_store_stops_is_made_again(
     outside.running_pod("stopped", "merge", CHAIN_SECONDS)
     outside.link.slow(CRAWL)
     upload = outside.until(
-        lambda: outside.link.under_way(MERGED_WEIGHTS), CHAIN_SECONDS, lambda: outside.words("stopped"), every=0.1
+        lambda: outside.link.under_way(MERGED_WEIGHTS), SOON, lambda: outside.words("stopped"), every=0.1
     )
     outside.minio.stop()
     try:
