@@ -48,7 +48,8 @@ def main() -> None:
         keep_within(arguments.cap if peer == "160m" else 1e9)
         for size in arguments.sizes:
             for epochs in arguments.epochs:
-                rate = trl(arguments, size, epochs, peer)
+                # Its trainer leaves checkpointing off whatever its config says: a person switches it on to make it fit.
+                rate = trl(arguments, size, epochs, peer) or trl(arguments, size, epochs, peer, checkpointing=True)
                 for layers in arguments.layers:
                     if rate and (layers, size, epochs) in ours:
                         times = ours[layers, size, epochs] / rate
@@ -102,7 +103,9 @@ def with_roles(arguments: argparse.Namespace, layers: str, rates: dict[tuple[str
     torch.cuda.empty_cache()
 
 
-def trl(arguments: argparse.Namespace, size: str, epochs: int, peer: str) -> float | None:
+def trl(
+    arguments: argparse.Namespace, size: str, epochs: int, peer: str, *, checkpointing: bool = False
+) -> float | None:
     """Measure TRL's trainer; returns its episodes a second, None where it runs out of memory."""
     from peft import LoraConfig, get_peft_model
     from transformers import PreTrainedTokenizerFast, TrainerCallback
@@ -111,6 +114,10 @@ def trl(arguments: argparse.Namespace, size: str, epochs: int, peer: str) -> flo
     prompts, prompt, response = map(int, size.split(":"))
     config = {"r": 16, "lora_alpha": 32, "target_modules": ["query_key_value", "dense"]}
     policy = get_peft_model(big_model(arguments.model), LoraConfig(**config, task_type="CAUSAL_LM"))
+    if checkpointing:
+        policy.enable_input_require_grads()
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    how = f"{size} {epochs} epochs, value and reward of {peer}{', checkpointing' if checkpointing else ''}"
     times: list[float] = []
 
     class Clock(TrainerCallback):
@@ -137,13 +144,10 @@ def trl(arguments: argparse.Namespace, size: str, epochs: int, peer: str) -> flo
             trainer.train()
             seconds = statistics.median(b - a for a, b in zip(times[WARM_UP - 1 :], times[WARM_UP:], strict=False))
             rate = prompts / seconds
-            print(f"[trl] {size} {epochs} epochs, value and reward of {peer}: {rate:.2f} episodes/s, {seconds:.3f} s "
-                  f"an update; peak reserved {torch.cuda.max_memory_reserved() / GIB:.2f} GiB", flush=True)  # fmt: skip
+            print(f"[trl] {how}: {rate:.2f} episodes/s, {seconds:.3f} s an update; peak reserved "
+                  f"{torch.cuda.max_memory_reserved() / GIB:.2f} GiB", flush=True)  # fmt: skip
         except torch.OutOfMemoryError as error:
-            print(
-                f"[trl] {size} {epochs} epochs, value and reward of {peer}: out of memory ({str(error)[:80]})",
-                flush=True,
-            )
+            print(f"[trl] {how}: out of memory ({str(error)[:80]})", flush=True)
     del trainer, policy
     gc.collect()
     torch.cuda.empty_cache()

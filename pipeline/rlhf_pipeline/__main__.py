@@ -41,6 +41,8 @@ PROGRAMS: dict[Program, str] = {
 
 # A stage's log is for what went wrong and for a line now and then of how far it is, not for bars of libraries.
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+# What a GPU's memory is budgeted by: without it, blocks that are too small for the next batch stay reserved.
+ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, required=True, help="working folder; a restarted stage may reuse it")
     parser.add_argument("--result", type=Path, required=True, help="where the StageResult goes")
     options = parser.parse_args(arguments)
-    for name, value in QUIET.items():
+    for name, value in (QUIET | ALLOCATOR).items():
         os.environ.setdefault(name, value)
     began = time.monotonic()
     result, code = _outcome(options.config, options.work)
