@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from rlhf_api.stage import (
     StoreConfig,
     stage_digest,
 )
-from rlhf_pipeline.__main__ import main
 from rlhf_pipeline.failures import classify
 from rlhf_pipeline.progress import INTERVAL, LINE_INTERVAL, ProgressFile
 from rlhf_store.artifacts import Manifest, open_artifacts
@@ -381,14 +381,16 @@ def test_the_first_of_our_own_errors_in_a_chain_counts(tmp_path: Path) -> None:
     assert classify(error, tmp_path) == ("user", "data.sft: bad row 3")
 
 
-def test_a_stage_has_the_allocator_that_the_budget_counts_on_unless_told_otherwise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = ["--config", "env:ABSENT", "--work", str(tmp_path), "--result", str(tmp_path / "result")]
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # put back afterwards
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
-    assert main(arguments) != 0
-    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
-    assert main(arguments) != 0
-    assert os.environ["PYTORCH_ALLOC_CONF"] == "backend:native"
+@pytest.mark.parametrize("told", [None, "backend:native"])
+def test_a_stage_has_the_allocator_that_the_budget_counts_on_unless_told_otherwise(told: str | None) -> None:
+    name = "PYTORCH_ALLOC_CONF"
+    source = f"""
+        import os
+        from rlhf_pipeline.__main__ import main
+        main(["--config", "env:ABSENT", "--work", "none", "--result", os.devnull])
+        print(os.environ["{name}"])
+    """
+    environment = {key: value for key, value in os.environ.items() if key != name} | ({name: told} if told else {})
+    command = [sys.executable, "-c", textwrap.dedent(source)]
+    said = subprocess.run(command, env=environment, text=True, capture_output=True, check=True).stdout
+    assert said == f"{told or 'expandable_segments:True'}\n"
