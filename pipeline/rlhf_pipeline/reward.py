@@ -53,6 +53,7 @@ def _trained(stage: Stage, reward: Reward) -> dict[str, float]:
     from rlhf_pipeline.training import (
         float32_adapters,
         held_out_count,
+        longest_first,
         row_count,
         stop_if_asked,
         train,
@@ -70,7 +71,11 @@ def _trained(stage: Stage, reward: Reward) -> dict[str, float]:
     tokenizer = load_tokenizer(folder)
     draws = reward.steps * reward.batch_size
     order = training_order(row_count(data / "train.parquet"), draws, settings.seed)
-    pairs = _pairs(tokenizer, data / "train.parquet", order, reward.sequence_length)
+    pairs = longest_first(
+        _pairs(tokenizer, data / "train.parquet", order, reward.sequence_length),
+        reward.batch_size,
+        lambda pair: max(map(len, pair)),
+    )
     held_out = _pairs(
         tokenizer, data / "heldout.parquet", slice(held_out_count(draws, at_least=128)), reward.sequence_length
     )

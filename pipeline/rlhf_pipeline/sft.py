@@ -18,6 +18,7 @@ from rlhf_pipeline.training import (
     encode,
     float32_adapters,
     held_out_count,
+    longest_first,
     read_columns,
     row_count,
     train,
@@ -42,7 +43,7 @@ def run(stage: Stage) -> dict[str, float]:
     draws = sft.steps * sft.batch_size
     order = training_order(row_count(data / "train.parquet"), draws, settings.seed)
     texts = read_columns(data / "train.parquet", ["text"], order)["text"]
-    rows = encode(tokenizer, texts, sft.sequence_length)
+    rows = longest_first(encode(tokenizer, texts, sft.sequence_length), sft.batch_size, len)
     held_out_texts = read_columns(data / "heldout.parquet", ["text"], slice(held_out_count(draws, at_least=64)))["text"]
     held_out = encode(tokenizer, held_out_texts, sft.sequence_length)
 

@@ -17,7 +17,7 @@ from rlhf_api.errors import TrainingError, UserError
 from rlhf_api.run import SFT, Lora, Quantization
 from rlhf_api.stage import StageConfig
 from rlhf_pipeline.stage_process import Interrupted
-from rlhf_pipeline.training import encode, held_out_count, training_order
+from rlhf_pipeline.training import encode, held_out_count, longest_first, training_order
 
 torch.set_num_threads(1)
 
@@ -198,6 +198,12 @@ def test_training_order_goes_through_all_rows_before_it_repeats() -> None:
     assert order == training_order(5, 12, seed=0)
     assert training_order(50, 50, seed=0) != training_order(50, 50, seed=1)
     assert order[:5] != order[5:10]
+
+
+def test_every_step_keeps_its_rows_and_begins_with_the_longest() -> None:
+    lengths = [3, 9, 1, 5, 7, 2, 8, 4]
+    assert longest_first(lengths, 4, int) == [9, 5, 3, 1, 8, 7, 4, 2]
+    assert longest_first(lengths, 1, int) == lengths
 
 
 def test_held_out_rows_are_bounded() -> None:
