@@ -87,19 +87,19 @@ def test_the_phases_of_ppo_are_as_measured(measured: dict[str, Any]) -> None:
             {"model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9,
              "num_key_value_heads": 3, "intermediate_size": 1536, "vocab_size": 49152, "max_position_embeddings": 8192,
              "tie_word_embeddings": True},
-            ModelShape(576, 30, 9, 3, 64, 1536, 3, 49152, 8192, True),
+            ModelShape(576, 30, 9, 3, 64, 1536, 3, 49152, 8192, True, fused_decode=True),
         ),
         (
             {"model_type": "qwen3", "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16,
              "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 3072, "vocab_size": 151936,
              "max_position_embeddings": 40960, "tie_word_embeddings": True},
-            ModelShape(1024, 28, 16, 8, 128, 3072, 3, 151936, 40960, True),
+            ModelShape(1024, 28, 16, 8, 128, 3072, 3, 151936, 40960, True, fused_decode=True),
         ),
         (
             {"model_type": "qwen2", "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14,
              "num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151936,
              "max_position_embeddings": 32768},
-            ModelShape(896, 24, 14, 2, 64, 4864, 3, 151936, 32768, False),
+            ModelShape(896, 24, 14, 2, 64, 4864, 3, 151936, 32768, False, fused_decode=True),
         ),
         (
             {"model_type": "gemma", "hidden_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 8,
