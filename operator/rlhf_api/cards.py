@@ -33,14 +33,15 @@ CARDS: Final = (
 )
 
 
-def card_named(name: str) -> Card | None:
-    """The card in a device's name as PyTorch reports it, such as NVIDIA H100 80GB HBM3; None if it is not known here.
+# In the names of cards that share a number with one above and not its speed.
+OTHERS: Final = frozenset(("PCIe", "PCIE", "NVL", "Laptop", "D", "Ti", "SUPER", "MIG"))
 
-    Cards of one name and other speeds, such as those for PCIe slots, are not told apart.
-    """
-    words = name.replace("-", " ").split()
+
+def card_named(device: str) -> Card | None:
+    """The card that PyTorch reports by this name, such as NVIDIA H100 80GB HBM3; None if it is not in the table."""
+    words = set(device.replace("-", " ").split())
     for card in CARDS:
-        model, *size = card.name.removeprefix("RTX ").split(maxsplit=1)
-        if model in words and (not size or size[0].replace(" ", "") in words):
+        number, *size = card.name.removeprefix("RTX ").split(maxsplit=1)
+        if number in words and not words & OTHERS and all(gigabytes.replace(" ", "") in words for gigabytes in size):
             return card
     return None

@@ -68,7 +68,6 @@ def estimate(shape: ModelShape, spec: RunSpec, card: Card, kept_layers: int | No
         step = reward.batch_size / reward.micro_batch_size * micro + speed.adapted * OPTIMIZER
         times.append(PhaseTime("reward", "train", reward.steps * step))
 
-    rollouts = math.ceil(ppo.episodes / ppo.batch_size)
     micro_batches = ppo.batch_size / ppo.micro_batch_size
     rows = ppo.effective_rollout_batch_size
     score = speed.layers(speed.adapted, roles * ppo.micro_batch_size, tokens, 1)
@@ -81,9 +80,9 @@ def estimate(shape: ModelShape, spec: RunSpec, card: Card, kept_layers: int | No
     steps = ppo.batch_size / ppo.effective_mini_batch_size
     update = ppo.epochs * (micro_batches * train + steps * 2 * speed.adapted * OPTIMIZER)
     times += [
-        PhaseTime("ppo", "rollout", rollouts * ppo.batch_size / rows * speed.rollout(rows)),
-        PhaseTime("ppo", "score", rollouts * micro_batches * score),
-        PhaseTime("ppo", "train", rollouts * update),
+        PhaseTime("ppo", "rollout", ppo.rollouts * ppo.batch_size / rows * speed.rollout(rows)),
+        PhaseTime("ppo", "score", ppo.rollouts * micro_batches * score),
+        PhaseTime("ppo", "train", ppo.rollouts * update),
     ]
 
     evaluate = spec.evaluate

@@ -73,7 +73,7 @@ def _fit(shape: ModelShape, spec: RunSpec, card: Card, stages: Collection[str]) 
         card,
         memory.peak.total,
         memory.available,
-        None if sizes is None else changes | sizes,
+        None if sizes is None else {**changes, **sizes},
         largest_sizes(shape, spec)["ppo.rolloutBatchSize"],
         seconds,
     )

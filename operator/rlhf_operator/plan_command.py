@@ -75,8 +75,8 @@ def plan_file(file: Path, store_url: str | None, endpoint: str | None, as_json: 
     shape = imported or (shape_before_import(run.spec.model) if run.spec.gpu.count else "it needs no GPU")
     pending = [str(row["stage"]) for row in rows if row["action"] == "run"]
     if as_json:
-        about = memory_json(shape, run.spec, pending)
-        print(json.dumps({"name": run.metadata.name, "store": store.url, "stages": rows} | about))
+        found = {"name": run.metadata.name, "store": store.url, "stages": rows}
+        print(json.dumps(found | memory_json(shape, run.spec, pending)))
         return
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for heading in ("stage", "action", "on", "artifact"):
@@ -118,7 +118,7 @@ def print_memory(screen: Console, shape: ModelShape, spec: RunSpec) -> None:
     peak, limit = memory.peak.total / GIB, memory.available / GIB
     screen.print(f"Peak {peak:.1f} of {limit:.1f} GiB, in {memory.peak.stage} {memory.peak.name} (an estimate).")
     sizes = ", ".join(f"{knob} {size or 'none'}" for knob, size in largest_sizes(shape, spec).items())
-    screen.print(f"Largest that fit: {sizes}.", soft_wrap=True)
+    screen.print(f"Largest that fit {spec.gpu.memory}: {sizes}.", soft_wrap=True, highlight=False)
     for line in suggestions(shape, spec):
         screen.print(f"Does not fit: {line}", style="bold red", soft_wrap=True)
 

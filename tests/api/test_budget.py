@@ -8,7 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_api.budget import GIB, ModelShape, Phase, adapter_weights, budget, shape_of, suggestions
+from rlhf_api.budget import (
+    GIB,
+    ModelShape,
+    Phase,
+    adapter_weights,
+    budget,
+    largest_sizes,
+    shape_of,
+    sizes_that_fit,
+    suggestions,
+    with_sizes,
+)
 from rlhf_api.run import RunSpec
 
 NEOX = {
@@ -157,6 +168,26 @@ def test_a_rollout_too_large_is_named_with_the_one_that_fits() -> None:
     assert suggestions(SHAPE, spec(ppo={"rolloutBatchSize": 64})) == [
         "ppo rollout needs 24.5 GiB of 23.0: set ppo.rolloutBatchSize to 32",
     ]
+
+
+def test_the_largest_batches_fit_and_the_next_ones_do_not() -> None:
+    run = spec(ppo={"batchSize": 64, "microBatchSize": 4, "rolloutBatchSize": 8})
+    largest = largest_sizes(SHAPE, run)
+    assert largest["ppo.rolloutBatchSize"] == 32
+    for knob, size in largest.items():
+        assert size is not None
+        assert budget(SHAPE, with_sizes(run, {knob: size})).fits
+    assert not budget(SHAPE, with_sizes(run, {"ppo.rolloutBatchSize": 64})).fits
+
+
+def test_the_sizes_that_fit_are_those_suggested_and_none_where_all_fits() -> None:
+    run = spec(ppo={"rolloutBatchSize": 64}, gpu={"memory": "16Gi"})
+    sizes = sizes_that_fit(SHAPE, run)
+    assert sizes
+    assert budget(SHAPE, with_sizes(run, sizes)).fits
+    assert all(any(f"set {knob} to {size}" in line for line in suggestions(SHAPE, run)) for knob, size in sizes.items())
+    assert sizes_that_fit(SHAPE, spec()) == {}
+    assert sizes_that_fit(SHAPE, spec(gpu={"memory": "8Gi"})) is None
 
 
 def test_what_no_batch_size_helps_is_said() -> None:
