@@ -2,8 +2,8 @@
 
 The shares of a card's peaks that are reached, and the milliseconds that do not depend on the card, are fitted to
 GPT-NeoX-20B in NF4 on one H200: tests/api/measured_seconds.jsonl. No other card has been measured. Every text and
-response counts as long as the settings allow. Not counted: loading, import, merge, figures on held-out rows, checkpoints
-and what a reward function or classifier takes. A stage under way is told by its own pace instead (`Progress`).
+response counts as long as the settings allow. Not counted: loading, import, merge, figures on held-out rows,
+checkpoints, and what a reward function or classifier takes. A stage under way goes by its own pace instead.
 """
 
 import math
@@ -27,6 +27,7 @@ OPTIMIZER: Final = 1e-3  # one step of the optimiser
 PEFT: Final = 1.11  # PEFT's layers, which sft and reward train on, against those of PPO
 WEIGHT_TRAFFIC: Final = {"nf4": 0.52 + 2 + 2, "int8": 1.0, "none": 2.0}  # bytes a weight: nf4 is written out in 16 bits
 FUSED_ROWS: Final = 64  # that are decoded together at most by a fused step
+VALUE_BYTES: Final = 2.0  # of activations
 SPARE_BYTES: Final = GIB  # that activations which PPO keeps leave free
 
 
@@ -42,9 +43,12 @@ class PhaseTime:
 def estimate(shape: ModelShape, spec: RunSpec, card: Card, kept_layers: int | None = None) -> list[PhaseTime]:
     """Seconds of each phase of each stage that trains or samples on the GPU. Stages that the run skips are absent.
 
-    kept_layers: whose activations PPO keeps; as many as `gpu.memory` holds, if left out. Several GPUs are counted as
-    if each made the others' share of the time vanish: the ideal.
+    Empty where computeDtype is float32: what a card does of those in a second is not in the table.
+    kept_layers: whose activations PPO keeps; as many as `gpu.memory` holds, if left out. Several GPUs divide the time,
+    which is the ideal.
     """
+    if spec.quantization.compute_dtype == "float32":
+        return []
     speed = Speed(shape, spec, card)
     ppo, times = spec.ppo, []
     tokens = ppo.prompt_tokens + ppo.response_tokens
@@ -101,7 +105,6 @@ class Speed:
         self.shape, self.spec, self.card = shape, spec, card
         layers = spec.lora.layers
         self.adapted = shape.layers if layers == "all" else min(shape.layers, int(layers.removeprefix("top:")))
-        self.width = 4.0 if spec.quantization.compute_dtype == "float32" else 2.0
 
     def fused(self, rows: int) -> bool:
         """Whether so many rows are decoded by the fused kernels, which read 4-bit weights in place."""
@@ -126,8 +129,8 @@ class Speed:
         weights, output = shape.layers * shape.layer_weights, shape.hidden * shape.vocabulary
         adapters = self.adapted * adapter_weights(shape, self.spec)
         rate = DECODE_BYTES * self.card.bandwidth
-        others = self.width * (output + adapters) / rate
-        cache = self.width * rows * context * shape.cached_values / rate
+        others = VALUE_BYTES * (output + adapters) / rate
+        cache = VALUE_BYTES * rows * context * shape.cached_values / rate
         if self.fused(rows):
             read = DOUBLE_QUANT * weights / rate + others
             multiplied = 2 * rows * (weights + output) / (DECODE_PRODUCTS * self.card.flops)
@@ -160,5 +163,5 @@ def _kept(shape: ModelShape, spec: RunSpec) -> int:
     memory = budget(shape, spec)
     train = next(phase for phase in memory.phases if (phase.stage, phase.name) == ("ppo", "train"))
     ppo = spec.ppo
-    layer = ppo.micro_batch_size * (ppo.prompt_tokens + ppo.response_tokens) * shape.working_values * 2.0
+    layer = ppo.micro_batch_size * (ppo.prompt_tokens + ppo.response_tokens) * shape.working_values * VALUE_BYTES
     return max(0, int((memory.available - SPARE_BYTES - train.total) / (FORWARD_SHARE * layer)))

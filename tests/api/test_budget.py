@@ -173,7 +173,7 @@ def test_a_rollout_too_large_is_named_with_the_one_that_fits() -> None:
 def test_the_largest_batches_fit_and_the_next_ones_do_not() -> None:
     run = spec(ppo={"batchSize": 64, "microBatchSize": 4, "rolloutBatchSize": 8})
     largest = largest_sizes(SHAPE, run)
-    assert largest["ppo.rolloutBatchSize"] == 32
+    assert (largest["sft.microBatchSize"], largest["ppo.rolloutBatchSize"]) == (run.sft.batch_size, 32)
     for knob, size in largest.items():
         assert size is not None
         assert budget(SHAPE, with_sizes(run, {knob: size})).fits

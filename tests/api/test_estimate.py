@@ -72,6 +72,10 @@ def test_stages_that_do_not_run_take_no_time() -> None:
     assert {each.stage for each in estimate(SHAPE, run, card("L4"))} == {"ppo", "evaluate"}
 
 
+def test_float32_is_not_estimated() -> None:
+    assert estimate(SHAPE, spec(quantization={"computeDtype": "float32"}), card("L4")) == []
+
+
 def test_several_gpus_divide_the_time() -> None:
     one = spec()
     two = one.model_copy(update={"gpu": one.gpu.model_copy(update={"count": 2})})
