@@ -32,7 +32,7 @@ def shape_before_import(model: Model) -> ModelShape | str:
     except HTTPError as error:
         return f"{error.url}: {error.code} {error.reason}"
     except (OSError, HTTPException, ValueError, AttributeError) as error:
-        return f"config.json of {model.source}: {error}"
+        return f"config.json of {model.source}: {getattr(error, 'reason', error)}"
 
 
 def _from_hub(name: str, revision: str) -> Any:

@@ -100,13 +100,14 @@ def plan_file(file: Path, store_url: str | None, endpoint: str | None, as_json: 
 
 
 def memory_json(shape: ModelShape | str, spec: RunSpec, pending: Sequence[str]) -> dict[str, Any]:
-    """The bytes of each phase, the largest batches that fit, and every card; null where unknown."""
+    """The bytes of each phase, the largest batches that fit, what to change, and every card; null where unknown."""
     if isinstance(shape, str):
-        return dict.fromkeys(("memory", "largest", "cards"))
+        return dict.fromkeys(("memory", "largest", "suggestions", "cards"))
     phases = budget(shape, spec).phases
     return {
         "memory": [{"stage": phase.stage, "phase": phase.name, "bytes": phase.terms} for phase in phases],
         "largest": largest_sizes(shape, spec),
+        "suggestions": suggestions(shape, spec),
         "cards": [fit.as_json() for fit in card_fits(shape, spec, pending)] if spec.gpu.count else None,
     }
 

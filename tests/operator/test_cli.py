@@ -162,7 +162,7 @@ def test_plan_tells_on_which_card_it_fits_before_the_model_is_imported(
     plan_file(file, None, None, as_json=True)
     found = json.loads(capsys.readouterr().out)
     cards = {each["card"]: each for each in found["cards"]}
-    assert found["largest"]["ppo.rolloutBatchSize"] == 32
+    assert (found["largest"]["ppo.rolloutBatchSize"], found["suggestions"]) == (32, [])
     assert cards["H200"]["fits"]
     assert cards["H200"]["largestRolloutBatchSize"] == 64
     assert not cards["T4"]["fits"]
