@@ -41,6 +41,15 @@ DECODING_BYTES = 0.18 * GIB  # workspaces of the decode step and of its graph
 UNTIED: Final = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gptj", "phi", "phi3")  # unless config.json says so
 PLAIN_MLP: Final = ("gpt_neox", "gpt2", "opt", "gpt_neo", "gptj", "bloom", "falcon", "phi", "mpt")  # no gate
 FUSED_QKV: Final = ("gpt_neox", "gpt2", "bloom", "falcon", "phi3", "mpt")  # one matrix for query, key and value
+FUSED_DECODE: Final = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")  # decoded by fused kernels, in nf4
+# Field of the spec that memory grows with -> where it is in RunSpec.
+KNOBS: Final[Mapping[str, tuple[str, str]]] = {
+    "sft.microBatchSize": ("sft", "micro_batch_size"),
+    "reward.microBatchSize": ("reward", "micro_batch_size"),
+    "ppo.microBatchSize": ("ppo", "micro_batch_size"),
+    "ppo.rolloutBatchSize": ("ppo", "rollout_batch_size"),
+    "evaluate.batchSize": ("evaluate", "batch_size"),
+}
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,7 @@ class ModelShape:
     positions: int
     tied: bool
     fused_qkv: bool = False
+    fused_decode: bool = False
 
     @property
     def layer_weights(self) -> int:
@@ -91,7 +101,7 @@ class ModelShape:
         if any(field.default is MISSING and name not in figures for name, field in known.items()):
             return None
         values: dict[str, Any] = {name: int(figures[name]) for name in known if name in figures}
-        return cls(**values | {name: bool(values.get(name)) for name in ("tied", "fused_qkv")})
+        return cls(**values | {name: bool(values.get(name)) for name in ("tied", "fused_qkv", "fused_decode")})
 
 
 def shape_of(config: Mapping[str, Any]) -> ModelShape | None:
@@ -119,6 +129,7 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape | None:
         positions=positions,
         tied=bool(config.get("tie_word_embeddings", family not in UNTIED)),
         fused_qkv=family in FUSED_QKV,
+        fused_decode=family in FUSED_DECODE,
     )
 
 
@@ -195,7 +206,7 @@ def suggestions(shape: ModelShape, spec: RunSpec) -> list[str]:
         if phase.total <= found.available:
             continue
         needs = f"{phase.stage} {phase.name} needs {phase.total / GIB:.1f} GiB of {found.available / GIB:.1f}"
-        size = _largest(shape, spec, phase) if phase.knob else None
+        size = _largest(shape, spec, phase.knob) if phase.knob else None
         if size is None:
             what = "no batch is small enough; use nf4, shorter sequences, fewer lora.layers or a larger GPU"
             lines[phase.stage, phase.name] = f"{needs}: {what}"
@@ -204,22 +215,43 @@ def suggestions(shape: ModelShape, spec: RunSpec) -> list[str]:
     return list(lines.values())
 
 
-def _largest(shape: ModelShape, spec: RunSpec, phase: Phase) -> int | None:
-    """The largest value of the phase's knob that lets the phase fit and breaks no rule; None if there is none."""
-    section, field = {
-        "sft.microBatchSize": ("sft", "micro_batch_size"),
-        "reward.microBatchSize": ("reward", "micro_batch_size"),
-        "ppo.microBatchSize": ("ppo", "micro_batch_size"),
-        "ppo.rolloutBatchSize": ("ppo", "rollout_batch_size"),
-        "evaluate.batchSize": ("evaluate", "batch_size"),
-    }[str(phase.knob)]
-    settings = getattr(spec, section)
-    now = getattr(settings, field) or spec.ppo.effective_rollout_batch_size
-    # Divisors of what it is now divide whatever that divides.
-    for size in (part for part in range(now - 1, 0, -1) if now % part == 0):
-        smaller = spec.model_copy(update={section: settings.model_copy(update={field: size})})
-        found = budget(shape, smaller)
-        if all(each.total <= found.available for each in found.phases if each.knob == phase.knob):
+def largest_sizes(shape: ModelShape, spec: RunSpec) -> dict[str, int | None]:
+    """Each size of a batch that memory grows with -> the largest that fits and breaks no rule; None if none does."""
+    knobs = dict.fromkeys(phase.knob for phase in budget(shape, spec).phases if phase.knob)
+    return {knob: _largest(shape, spec, knob) for knob in knobs}
+
+
+def sizes_that_fit(shape: ModelShape, spec: RunSpec) -> dict[str, int] | None:
+    """The sizes to make smaller, each to the largest that fits: none if all fits already; None if nothing helps."""
+    found, sizes = budget(shape, spec), {}
+    for phase in found.phases:
+        if phase.total > found.available:
+            size = _largest(shape, spec, phase.knob) if phase.knob else None
+            if not phase.knob or size is None:
+                return None
+            sizes[phase.knob] = size
+    return sizes
+
+
+def with_sizes(spec: RunSpec, sizes: Mapping[str, int]) -> RunSpec:
+    """The spec with other sizes, such as `ppo.rolloutBatchSize`."""
+    for knob, size in sizes.items():
+        section, field = KNOBS[knob]
+        spec = spec.model_copy(update={section: getattr(spec, section).model_copy(update={field: size})})
+    return spec
+
+
+def _largest(shape: ModelShape, spec: RunSpec, knob: str) -> int | None:
+    whole = {
+        "sft.microBatchSize": spec.sft.batch_size,
+        "reward.microBatchSize": spec.reward.batch_size,
+        "ppo.microBatchSize": spec.ppo.effective_mini_batch_size,
+        "ppo.rolloutBatchSize": spec.ppo.batch_size,
+        "evaluate.batchSize": spec.evaluate.samples,
+    }[knob]
+    for size in (part for part in range(whole, 0, -1) if whole % part == 0):
+        found = budget(shape, with_sizes(spec, {knob: size}))
+        if all(each.total <= found.available for each in found.phases if each.knob == knob):
             return size
     return None
 

@@ -282,6 +282,11 @@ class PPO(Section):
     sample_steps: Positive = Field(10, description="Rollouts between logged generations.")
 
     @property
+    def rollouts(self) -> int:
+        """Whole batches of episodes."""
+        return -(-self.episodes // self.batch_size)
+
+    @property
     def effective_mini_batch_size(self) -> int:
         """Episodes an optimiser step: miniBatchSize, else a quarter of batchSize if micro-batches divide it, or all."""
         quarter, rest = divmod(self.batch_size, 4)

@@ -72,11 +72,17 @@ def validate(file: RunFile, json: AsJSON = False) -> None:
 
 
 @app.command("plan")
-def plan_(file: RunFile, store: StoreURL = None, endpoint: Endpoint = None, json: AsJSON = False) -> None:
-    """Show what `rlhf run` would do: run, reuse or skip each stage, and the memory each needs."""
+def plan_(
+    file: RunFile,
+    store: StoreURL = None,
+    endpoint: Endpoint = None,
+    json: AsJSON = False,
+    cards: Annotated[bool, typer.Option("--cards", help="A row a card: fits, batches, time of each stage.")] = False,
+) -> None:
+    """Show what `rlhf run` would do with each stage, the memory it needs, and on which cards it takes how long."""
     from rlhf_operator.plan_command import plan_file
 
-    plan_file(file, store, endpoint, json)
+    plan_file(file, store, endpoint, json, cards)
 
 
 @app.command()

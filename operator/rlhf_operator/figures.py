@@ -19,6 +19,16 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
+def roughly(seconds: float) -> str:
+    """An estimate of a duration, to two digits or so: 40 s, 25 min, 2.8 h or 31 h."""
+    if seconds < 60:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 3600:
+        return f"{round(seconds / 60)} min"
+    hours = seconds / 3600
+    return f"{hours:.1f} h" if hours < 10 else f"{hours:.0f} h"
+
+
 def size(count: float) -> str:
     """Bytes in binary units, such as 512 B or 1.4 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):

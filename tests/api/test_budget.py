@@ -8,7 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_api.budget import GIB, ModelShape, Phase, adapter_weights, budget, shape_of, suggestions
+from rlhf_api.budget import (
+    GIB,
+    ModelShape,
+    Phase,
+    adapter_weights,
+    budget,
+    largest_sizes,
+    shape_of,
+    sizes_that_fit,
+    suggestions,
+    with_sizes,
+)
 from rlhf_api.run import RunSpec
 
 NEOX = {
@@ -87,19 +98,19 @@ def test_the_phases_of_ppo_are_as_measured(measured: dict[str, Any]) -> None:
             {"model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9,
              "num_key_value_heads": 3, "intermediate_size": 1536, "vocab_size": 49152, "max_position_embeddings": 8192,
              "tie_word_embeddings": True},
-            ModelShape(576, 30, 9, 3, 64, 1536, 3, 49152, 8192, True),
+            ModelShape(576, 30, 9, 3, 64, 1536, 3, 49152, 8192, True, fused_decode=True),
         ),
         (
             {"model_type": "qwen3", "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16,
              "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 3072, "vocab_size": 151936,
              "max_position_embeddings": 40960, "tie_word_embeddings": True},
-            ModelShape(1024, 28, 16, 8, 128, 3072, 3, 151936, 40960, True),
+            ModelShape(1024, 28, 16, 8, 128, 3072, 3, 151936, 40960, True, fused_decode=True),
         ),
         (
             {"model_type": "qwen2", "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14,
              "num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151936,
              "max_position_embeddings": 32768},
-            ModelShape(896, 24, 14, 2, 64, 4864, 3, 151936, 32768, False),
+            ModelShape(896, 24, 14, 2, 64, 4864, 3, 151936, 32768, False, fused_decode=True),
         ),
         (
             {"model_type": "gemma", "hidden_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 8,
@@ -157,6 +168,26 @@ def test_a_rollout_too_large_is_named_with_the_one_that_fits() -> None:
     assert suggestions(SHAPE, spec(ppo={"rolloutBatchSize": 64})) == [
         "ppo rollout needs 24.5 GiB of 23.0: set ppo.rolloutBatchSize to 32",
     ]
+
+
+def test_the_largest_batches_fit_and_the_next_ones_do_not() -> None:
+    run = spec(ppo={"batchSize": 64, "microBatchSize": 4, "rolloutBatchSize": 8})
+    largest = largest_sizes(SHAPE, run)
+    assert (largest["sft.microBatchSize"], largest["ppo.rolloutBatchSize"]) == (run.sft.batch_size, 32)
+    for knob, size in largest.items():
+        assert size is not None
+        assert budget(SHAPE, with_sizes(run, {knob: size})).fits
+    assert not budget(SHAPE, with_sizes(run, {"ppo.rolloutBatchSize": 64})).fits
+
+
+def test_the_sizes_that_fit_are_those_suggested_and_none_where_all_fits() -> None:
+    run = spec(ppo={"rolloutBatchSize": 64}, gpu={"memory": "16Gi"})
+    sizes = sizes_that_fit(SHAPE, run)
+    assert sizes
+    assert budget(SHAPE, with_sizes(run, sizes)).fits
+    assert all(any(f"set {knob} to {size}" in line for line in suggestions(SHAPE, run)) for knob, size in sizes.items())
+    assert sizes_that_fit(SHAPE, spec()) == {}
+    assert sizes_that_fit(SHAPE, spec(gpu={"memory": "8Gi"})) is None
 
 
 def test_what_no_batch_size_helps_is_said() -> None:

@@ -1,6 +1,7 @@
 """The command `rlhf`: what it prints where, and how it exits."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from conftest import Bench  # type: ignore[import-not-found]
 
 SHORT = ["import-model", "import-prompts", "reward", "ppo", "evaluate"]
+NEOX = {
+    "model_type": "gpt_neox", "hidden_size": 6144, "num_hidden_layers": 44, "num_attention_heads": 64,
+    "intermediate_size": 24576, "vocab_size": 50432, "max_position_embeddings": 2048, "tie_word_embeddings": False,
+}  # fmt: skip
 RLHF = Path(sys.executable).with_name("rlhf")
 REWARD = {
     "reference": {"mean": 0.1, "low": 0.0, "high": 0.2},
@@ -135,6 +140,53 @@ def test_plan_says_run_reuse_or_skip(bench: "Bench", capsys: pytest.CaptureFixtu
     assert actions == dict(zip(SHORT, ["reuse", "reuse", "run", "run", "run"], strict=True))
     assert rows["sft"]["reason"] == "no data.sft"
     assert not (bench.home.path / "runs").exists()
+
+
+def test_plan_tells_on_which_card_it_fits_before_the_model_is_imported(
+    bench: "Bench", capsys: pytest.CaptureFixture[str]
+) -> None:
+    (bench.folder / "model" / "config.json").write_text(json.dumps(NEOX))
+    file = bench.write(ppo={"batchSize": 64, "microBatchSize": 4}, lora={"layers": "top:11"})
+    plan_file(file, None, None, as_json=False)
+    out = capsys.readouterr().out
+    assert "Largest that fit 24Gi: ppo.rolloutBatchSize 32, ppo.microBatchSize 16" in out
+    assert re.search(r"^Fits: L4 .* h, A10G .* H200 ", out, re.MULTILINE)
+    assert re.search(r"^Fits with changes: T4 ", out, re.MULTILINE)
+    assert "one H200 was measured" in out
+
+    plan_file(file, None, None, as_json=False, cards=True)
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert "quantization.computeDtype float16, ppo.rolloutBatchSize" in rows["T4"]
+    assert rows["L4"].split()[:3] == ["L4", "23034Mi", "yes"]
+
+    plan_file(file, None, None, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    cards = {each["card"]: each for each in found["cards"]}
+    assert (found["largest"]["ppo.rolloutBatchSize"], found["suggestions"]) == (32, [])
+    assert cards["H200"]["fits"]
+    assert cards["H200"]["largestRolloutBatchSize"] == 64
+    assert not cards["T4"]["fits"]
+    assert set(cards["H200"]["seconds"]) == {"ppo", "evaluate", "total"}  # nothing else is trained in this run
+    assert cards["H200"]["seconds"]["total"] < cards["L4"]["seconds"]["total"] < cards["T4"]["seconds"]["total"]
+
+
+def test_plan_counts_only_what_would_run_and_names_cards_that_are_too_small(
+    bench: "Bench", capsys: pytest.CaptureFixture[str]
+) -> None:
+    (bench.folder / "model" / "config.json").write_text(json.dumps(NEOX | {"num_hidden_layers": 80}))
+    bench.have(*SHORT[1:4])
+    file = bench.write()
+    plan_file(file, None, None, as_json=True)
+    cards = {each["card"]: each for each in json.loads(capsys.readouterr().out)["cards"]}
+    assert (cards["T4"]["changes"], cards["T4"]["seconds"]) == (None, None)
+    assert set(cards["H200"]["seconds"]) == {"evaluate", "total"}
+    plan_file(file, None, None, as_json=False)
+    assert re.search(r"^Too small: T4", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_plan_says_why_memory_and_time_are_not_known_yet(bench: "Bench", capsys: pytest.CaptureFixture[str]) -> None:
+    plan_file(bench.write(), None, None, as_json=False)
+    assert "known once the model is imported (its config.json names its sizes as no" in capsys.readouterr().out
 
 
 def test_run_prints_json_alone_on_standard_output(bench: "Bench", capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from sample_run import evaluation, ppo_curve, run_records
 
 from rlhf_pipeline.report.charts import Interval, axis, histogram, intervals, line, number
 from rlhf_pipeline.report.curves import MAX_POINTS, figures, thinned
-from rlhf_pipeline.report.page import comparisons, memory_rows, percent, render, settings_text, short
+from rlhf_pipeline.report.page import comparisons, memory_rows, percent, render, settings_text, short, time_rows
 from rlhf_pipeline.report.verdict import verdict
 
 HOSTILE = (
@@ -132,7 +132,7 @@ def test_settings_are_the_spec_put_together_again() -> None:
     assert text.index("model:") < text.index("data:") < text.index("sft:\n  steps") < text.index("ppo:\n")
 
 
-def test_the_memory_estimate_stands_beside_the_measured_peak() -> None:
+def test_the_estimates_stand_beside_what_was_measured() -> None:
     gpu = {"memory": "24Gi", "count": 1}
     shape = {
         "hidden": 576,
@@ -152,7 +152,7 @@ def test_the_memory_estimate_stands_beside_the_measured_peak() -> None:
         if record.stage == "import-model":
             metadata["metrics"] = shape
         elif record.stage in ("sft", "ppo"):
-            metadata["peakGpuBytes"] = 2 * 2**30
+            metadata |= {"peakGpuBytes": 2 * 2**30, "device": "NVIDIA L4"}
         records.append(replace(record, metadata=metadata))
     rows = {row["stage"]: row for row in memory_rows(records)}
     assert set(rows) == {"sft", "ppo"}
@@ -163,6 +163,12 @@ def test_the_memory_estimate_stands_beside_the_measured_peak() -> None:
     assert "estimated and measured" in page
     assert "2.00 GiB" in page
     assert memory_rows(run_records()) == []  # on a CPU
+    times = {row["what"]: row for row in time_rows(records)}
+    assert set(times) == {"sft", *(f"ppo {phase}, an update" for phase in ("rollout", "score", "train"))}
+    assert times["ppo rollout, an update"]["measured"] == 6.0
+    assert times["ppo rollout, an update"]["estimated"] < 6.0  # the figures are a CPU's
+    assert "Time: estimated and measured" in page
+    assert time_rows(run_records()) == []
 
 
 def rises(reward: tuple[float, float], **scorers: tuple[float, float]) -> dict[str, object]:

@@ -1,6 +1,7 @@
 """The page: records in, one self-contained HTML document out."""
 
 import datetime
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 
 import yaml
 
-from rlhf_api.budget import ModelShape, Phase
-from rlhf_api.budget import budget as estimate
+from rlhf_api.budget import ModelShape, Phase, budget
+from rlhf_api.cards import card_named
+from rlhf_api.estimate import estimate
 from rlhf_api.run import RunSpec
 from rlhf_pipeline.report.charts import Interval, axis, histogram, intervals, number
 from rlhf_pipeline.report.curves import Figure, figures
@@ -77,6 +79,7 @@ def render(run: str, records: Sequence[Record], made_at: float) -> str:
         rows=stage_rows(records),
         gpu_memory=gpu_memory(records),
         memory=memory_rows(records),
+        times=time_rows(records),
         settings=settings_text(records),
         versions=versions(records),
         records=records,
@@ -160,14 +163,12 @@ def stage_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 def memory_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Each stage on the GPU: its measured peak and the phases that were estimated for it, in bytes. Empty on a CPU."""
-    spec = spec_of(records)
-    imported = next((record for record in records if record.stage == "import-model"), None)
-    shape = ModelShape.from_figures(imported.metadata.get("metrics", {})) if imported else None
+    shape = shape_in(records)
     measured = {record.stage: record.metadata.get("peakGpuBytes") for record in records}
     if shape is None or not any(measured.values()):
         return []
     estimated: dict[str, list[Phase]] = {}
-    for phase in estimate(shape, RunSpec.model_validate(spec)).phases:
+    for phase in budget(shape, RunSpec.model_validate(spec_of(records))).phases:
         estimated.setdefault(phase.stage, []).append(phase)
     return [
         {
@@ -179,6 +180,36 @@ def memory_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
         for stage, peak in measured.items()
         if peak and stage in estimated
     ]
+
+
+def time_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Estimated and measured seconds: of each phase of an update of PPO (the median), else of a stage in all.
+
+    Only of stages on a card whose speed is known here.
+    """
+    shape = shape_in(records)
+    rows = []
+    for record in records:
+        card = card_named(record.metadata.get("device", "")) if record.metadata.get("peakGpuBytes") else None
+        if shape is None or card is None:
+            continue
+        spec = RunSpec.model_validate(spec_of(records))
+        for phase in estimate(shape, spec, card):
+            what, estimated, measured = phase.stage, phase.seconds, record.metadata.get("seconds")
+            if phase.stage == "ppo":
+                what = f"ppo {phase.name}, an update"
+                estimated /= spec.ppo.rollouts
+                laps = [lap for row in record.curve if (lap := row.get(f"{phase.name}_seconds")) is not None]
+                measured = statistics.median(laps) if laps else None
+            if phase.stage == record.stage and measured is not None:
+                rows.append({"what": what, "card": card.name, "estimated": estimated, "measured": measured})
+    return rows
+
+
+def shape_in(records: Sequence[Record]) -> ModelShape | None:
+    """The imported model's shape."""
+    imported = next((record for record in records if record.stage == "import-model"), None)
+    return ModelShape.from_figures(imported.metadata.get("metrics", {})) if imported else None
 
 
 def gpu_memory(records: Sequence[Record]) -> str | None:
