@@ -154,13 +154,13 @@ class Budget:
 
 def budget(shape: ModelShape, spec: RunSpec) -> Budget:
     """The memory of each phase, in bytes, on one GPU. Phases of stages that the run skips are absent."""
-    needs = _Needs(shape, spec)
+    needs, gpus = _Needs(shape, spec), max(1, spec.gpu.count)
     ppo, tokens = spec.ppo, spec.ppo.prompt_tokens + spec.ppo.response_tokens
-    trunk = {"trunk": 0.0 if spec.lora.layers == "all" else ppo.batch_size * tokens * needs.width}
+    trunk = {"trunk": 0.0 if spec.lora.layers == "all" else ppo.batch_size / gpus * tokens * needs.width}
     roles = 3 if spec.reward.classifier or spec.reward.function else 4  # whose rows are in one batch
     scored = roles * ppo.micro_batch_size * tokens
     forward = {"activations": FORWARD_SHARE * scored * needs.working, "logits": LOGIT_COPIES * needs.logits}
-    rows = ppo.effective_rollout_batch_size
+    rows = ppo.effective_rollout_batch_size(gpus)
     phases = [Phase("any", "load", {"base": needs.base, "tensor in 16 bits": needs.largest})]
     if spec.data.sft is not None:
         held = spec.sft.micro_batch_size * spec.sft.sequence_length
@@ -214,7 +214,7 @@ def _largest(shape: ModelShape, spec: RunSpec, phase: Phase) -> int | None:
         "evaluate.batchSize": ("evaluate", "batch_size"),
     }[str(phase.knob)]
     settings = getattr(spec, section)
-    now = getattr(settings, field) or spec.ppo.effective_rollout_batch_size
+    now = getattr(settings, field) or spec.ppo.effective_rollout_batch_size(spec.gpu.count)
     # Divisors of what it is now divide whatever that divides.
     for size in (part for part in range(now - 1, 0, -1) if now % part == 0):
         smaller = spec.model_copy(update={section: settings.model_copy(update={field: size})})
