@@ -24,7 +24,7 @@ from rlhf_api.names import ENV_METRICS_PORT, ENV_RANKS, EXIT_CODES, EXIT_INTERRU
 from rlhf_api.stage import Program, StageConfig, StageFailure, StageResult
 from rlhf_pipeline.checkpoints import RESTORED
 from rlhf_pipeline.failures import classify
-from rlhf_pipeline.rank_processes import COMMAND, RankProcesses, errors_of, tie_to_parent
+from rlhf_pipeline.rank_processes import COMMAND, RankProcesses, tie_to_parent, trace_of
 from rlhf_pipeline.ranks import ALONE, Ranks
 from rlhf_pipeline.result_file import write_result
 from rlhf_pipeline.stage_process import Interrupted, Stage, surroundings
@@ -112,12 +112,11 @@ def _outcome(options: argparse.Namespace, command: Sequence[str]) -> tuple[Stage
         else:
             kind, message = classify(error, work)
             failure, code = StageFailure(failure=kind, message=message, checkpoint=checkpoint), EXIT_CODES[kind]
-        told = traceback.format_exc() if code == EXIT_CODES["bug"] else ""
-        told += f"{name or config_from}: {failure.message}\n"
+        trace = traceback.format_exc() if code == EXIT_CODES["bug"] else ""
         if rank is None:
-            print(told, file=sys.stderr, end="")
+            print(f"{trace}{name or config_from}: {failure.message}", file=sys.stderr)
         else:
-            errors_of(options.result).write_text(told)
+            trace_of(options.result).write_text(trace)
         return StageResult(stage=name, failure=failure), code
 
 

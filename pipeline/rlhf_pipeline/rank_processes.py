@@ -19,7 +19,7 @@ from typing import Final
 
 from rlhf_api.errors import FailureClass
 from rlhf_api.memory_kills import memory_kills
-from rlhf_api.names import EXIT_BUG, EXIT_CODES, EXIT_INTERRUPTED, EXIT_OK
+from rlhf_api.names import EXIT_CODES, EXIT_INTERRUPTED, EXIT_OK
 from rlhf_api.stage import StageConfig, StageFailure, StageResult
 
 COMMAND: Final = (sys.executable, "-m", "rlhf_pipeline")
@@ -38,9 +38,9 @@ def rank_folder(work: Path, rank: int) -> Path:
     return work / FOLDER / str(rank)
 
 
-def errors_of(result: Path) -> Path:
-    """Where a rank says what went wrong. The stage's log shows one rank's alone."""
-    return result.with_suffix(".errors")
+def trace_of(result: Path) -> Path:
+    """Where a rank writes the trace of a bug. The stage's log shows that of one rank alone."""
+    return result.with_suffix(".trace")
 
 
 def tie_to_parent(parent: int) -> None:
@@ -90,8 +90,8 @@ class RankProcesses:
             shutil.rmtree(self._folder, ignore_errors=True)
             return found, EXIT_OK
         rank, result, code = self._cause(codes)
-        if errors := _text(errors_of(self._result(rank))):
-            print(errors, file=sys.stderr, end="")
+        assert result.failure
+        print(f"{_text(trace_of(self._result(rank)))}{self.stage}: {result.failure.message}", file=sys.stderr)
         return result, code
 
     def _watch(self) -> list[int | None]:
@@ -118,52 +118,39 @@ class RankProcesses:
 
     def _cause(self, codes: Sequence[int | None]) -> tuple[int, StageResult, int]:
         """The rank that failed first, its result and exit code."""
-        polite = [-number for number in POLITE] if self._stopped else []
-        for rank, code in enumerate(codes):
-            # Not SIGABRT: it is also how NCCL ends a process that lost another.
-            if code is not None and code < 0 and code != -signal.SIGABRT and code not in polite:
-                return rank, *self._killed(rank, -code)
-        results = {rank: result for rank in range(len(codes)) if (result := self._read(rank)) and result.failure}
-        if results:
-            rank = min(results, key=lambda rank: self._result(rank).stat().st_mtime_ns)
-            failure = results[rank].failure
-            assert failure
-            theirs = results[0].failure if 0 in results else None
-            if theirs and theirs.failure == failure.failure and failure.failure in TOLD_BY_ALL:
-                rank, failure = 0, theirs
-            known = EXIT_CODES[failure.failure]
-            return rank, self._failed(failure, rank), EXIT_INTERRUPTED if codes[rank] == EXIT_INTERRUPTED else known
-        rank = next((rank for rank, code in enumerate(codes) if code), 0)
-        if codes[rank] in polite:
-            failure = StageFailure(failure="infrastructure", message="asked to stop; run again to continue")
-            return rank, self._failed(failure, 0), EXIT_INTERRUPTED
-        message = f"rank {rank} exited with code {codes[rank]} and left no result"
-        return rank, self._failed(StageFailure(failure="bug", message=message), 0), EXIT_BUG
+        failures = {
+            rank: result.failure for rank in range(len(codes)) if (result := self._read(rank)) and result.failure
+        }
+        # A rank that lost another says so in a result, or dies of SIGABRT, by NCCL: any other silent end came first.
+        silent = {rank: code for rank, code in enumerate(codes) if code and rank not in failures}
+        asked = {rank for rank, code in silent.items() if self._stopped and -code in POLITE}
+        dead = [rank for rank, code in silent.items() if rank not in asked and code != -signal.SIGABRT]
+        if failures and not dead:
+            rank = min(failures, key=lambda rank: self._result(rank).stat().st_mtime_ns)
+            failure = failures[rank]
+            if 0 in failures and failures[0].failure == failure.failure and failure.failure in TOLD_BY_ALL:
+                rank, failure = 0, failures[0]
+            code = EXIT_INTERRUPTED if codes[rank] == EXIT_INTERRUPTED else EXIT_CODES[failure.failure]
+            message = f"rank {rank}: {failure.message}" if rank else failure.message
+        elif dead or not asked:
+            rank = next(iter(dead or silent), 0)
+            kind, message = self._silent_end(rank, codes[rank] or 0)
+            failure, code = StageFailure(failure=kind, message=message), EXIT_CODES[kind]
+        else:
+            rank, code, message = min(asked), EXIT_INTERRUPTED, "asked to stop before it began; run again to continue"
+            failure = StageFailure(failure="infrastructure", message=message)
+        checkpoint = next((each.checkpoint for each in failures.values() if each.checkpoint), None)
+        told = failure.model_copy(update={"message": message, "checkpoint": checkpoint})
+        return rank, StageResult(stage=self.stage, failure=told), code
 
-    def _killed(self, rank: int, number: int) -> tuple[StageResult, int]:
-        kind: FailureClass = "bug"
-        message = f"rank {rank} died of {signal.Signals(number).name}"
-        if number == signal.SIGKILL and memory_kills() > self._memory_kills:
-            kind = "outOfMemory"
-            message = f"out of host memory: the kernel killed rank {rank} (SIGKILL); use smaller batches"
-        elif number == signal.SIGKILL:
-            kind = "infrastructure"
-            message = f"rank {rank} was killed (SIGKILL) by someone other than the kernel's memory killer"
-        checkpoint = next(
-            (
-                result.failure.checkpoint
-                for each in range(len(self._processes))
-                if (result := self._read(each)) and result.failure
-            ),
-            None,
-        )
-        failure = StageFailure(failure=kind, message=message, checkpoint=checkpoint)
-        return self._failed(failure, 0), EXIT_CODES[kind]
-
-    def _failed(self, failure: StageFailure, rank: int) -> StageResult:
-        if rank:
-            failure = failure.model_copy(update={"message": f"rank {rank}: {failure.message}"})
-        return StageResult(stage=self.stage, failure=failure)
+    def _silent_end(self, rank: int, code: int) -> tuple[FailureClass, str]:
+        if code >= 0:
+            return "bug", f"rank {rank} exited with code {code} and left no result"
+        if code != -signal.SIGKILL:
+            return "bug", f"rank {rank} died of {signal.Signals(-code).name}"
+        if memory_kills() > self._memory_kills:
+            return "outOfMemory", f"out of host memory: the kernel killed rank {rank} (SIGKILL); use smaller batches"
+        return "infrastructure", f"rank {rank} was killed (SIGKILL) by someone other than the kernel's memory killer"
 
     def _result(self, rank: int) -> Path:
         return self._folder / f"{rank}.json"
