@@ -65,9 +65,7 @@ class Bench:
             "whiten_rewards": True,
         }
         inputs = {"model": self.inputs["model"], "reward": self.inputs["reward"], "prompts": self.inputs["prompts"]}
-        return self.runs.config(
-            "ppo", inputs, ppo=PPO(**settings | changes), lora=LORA, quantization=NONE, seed=5
-        )
+        return self.runs.config("ppo", inputs, ppo=PPO(**settings | changes), lora=LORA, quantization=NONE, seed=5)
 
     def start(self, config: StageConfig, ranks: int, work: Path) -> "subprocess.Popen[bytes]":
         work.mkdir(parents=True, exist_ok=True)
@@ -286,7 +284,9 @@ def test_a_killed_rank_ends_all_and_is_named(tmp_path: Path, rank: int) -> None:
     os.kill(toy.ranks()[rank], signal.SIGKILL)
     code, failure, errors = toy.end()
     assert code == names.EXIT_INFRASTRUCTURE, errors
-    assert failure == f"infrastructure: rank {rank} was killed (SIGKILL) by someone other than the kernel's memory killer"
+    assert (
+        failure == f"infrastructure: rank {rank} was killed (SIGKILL) by someone other than the kernel's memory killer"
+    )
 
 
 def test_a_rank_that_hangs_is_ended_with_the_one_that_failed(tmp_path: Path) -> None:
