@@ -47,7 +47,10 @@ QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 
 
 def main(arguments: Sequence[str] | None = None, command: Sequence[str] = COMMAND) -> int:
-    """Run one stage and write its result. Returns the exit code. command: what starts the ranks, if there are several."""
+    """Run one stage and write its result. Returns the exit code.
+
+    command: what starts the ranks, where there are several.
+    """
     parser = argparse.ArgumentParser(prog="python -m rlhf_pipeline", description=__doc__)
     parser.add_argument(
         "--config", required=True, help="StageConfig as JSON: a file, or env:NAME, an environment variable"

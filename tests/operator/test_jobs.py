@@ -170,10 +170,11 @@ def test_the_pod_keeps_to_the_restricted_profile(stage: str, settings: OperatorS
 
 
 def test_several_gpus_are_for_the_stages_that_share_a_batch() -> None:
-    run, given = resource(gpu={"count": 4}), resource(gpu={"count": 4}, reward={"function": "m:f"})
-    for which, stages in ((run, {"sft": 4, "merge": 1, "reward": 4, "ppo": 4, "evaluate": 1}), (given, {"reward": 1})):
+    trained, given = resource(gpu={"count": 4}, reward={}), resource(gpu={"count": 4})
+    shared = {"sft": 4, "merge": 1, "reward": 4, "ppo": 4, "evaluate": 1}
+    for run, stages in ((trained, shared), (given, {"reward": 1, "ppo": 4})):
         for stage, gpus in stages.items():
-            document = job(stage, which, CHART)
+            document = job(stage, run, CHART)
             assert pod(document)["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == str(gpus), stage
             assert StageConfig.model_validate_json(environment(document)[ENV_STAGE_CONFIG]).gpu.count == gpus, stage
 
