@@ -191,6 +191,21 @@ def test_stopped_ranks_save_a_checkpoint_and_go_on_to_the_same_policy(bench: Ben
     assert [step["step"] for step in steps_of(other)] == list(range(1, 7))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("program", ["sft", "reward", "ppo"])
+def test_two_gpus_train_what_one_does(bench: Bench, program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = {"sft": bench.sft, "reward": bench.reward, "ppo": bench.ppo}
+    plain = configs[program]()
+    settings = plain.settings.model_copy(update={"quantization": Quantization(type="none", compute_dtype="float32")})
+    found = []
+    for gpus in (1, 2):
+        config = elsewhere(plain, str(gpus)).model_copy(update={"settings": settings, "gpu": GPU(count=gpus)})
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1"[: 2 * gpus - 1])
+        found.append(bench.run(config, 1, bench.runs.root / f"{program}-gpus-{gpus}"))
+    assert_alike(*found, [ADAPTER], tolerance=1e-3)
+
+
 # ---- how ranks end --------------------------------------------------------------------------------------------------
 
 LAUNCH = """
