@@ -100,7 +100,7 @@ def _halved(settings: StageSettings, section: str, field: str, gpus: int) -> Ste
             now = settings.ppo.effective_rollout_batch_size(gpus)
         else:  # no micro-batch is larger than a GPU's share of a mini-batch
             now = min(now, changed["mini_batch_size"] // max(1, gpus))
-    if now == 1:
+    if now <= 1:  # 0: of a spec that breaks the rules
         return None
     # A divisor of what it is divides whatever that divides.
     changed[field] = next(size for size in range(now // 2, 0, -1) if now % size == 0)
