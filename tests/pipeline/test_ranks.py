@@ -38,9 +38,9 @@ class Bench:
     runs: StageRuns
     inputs: dict[str, ArtifactRef]
 
-    def sft(self) -> StageConfig:
+    def sft(self, steps: int = 3, rate: float = 0.02) -> StageConfig:
         inputs = {"model": self.inputs["model"], "data": self.inputs["sft-data"]}
-        sft = SFT(steps=3, batch_size=4, micro_batch_size=1, sequence_length=16, learning_rate=0.02)
+        sft = SFT(steps=steps, batch_size=4, micro_batch_size=1, sequence_length=16, learning_rate=rate)
         return self.runs.config("sft", inputs, sft=sft, lora=Lora(rank=4), quantization=NONE, seed=3)
 
     def reward(self) -> StageConfig:
@@ -141,6 +141,20 @@ def test_two_ranks_fine_tune_what_one_does(bench: Bench) -> None:
     reports = [json.loads((folder / "report.json").read_text()) for folder in (one, two)]
     assert reports[1]["held_out_loss_after"] == pytest.approx(reports[0]["held_out_loss_after"], abs=1e-5)
     assert reports[0]["held_out_loss_after"] < reports[0]["held_out_loss_before"] - 0.02
+
+
+@pytest.mark.slow
+def test_ranks_stopped_in_fine_tuning_go_on_to_the_same_adapter(bench: Bench) -> None:
+    config = bench.sft(steps=60, rate=0.001)  # small: rounding must not grow from step to step
+    one = bench.run(config, 1, bench.runs.root / "sft-60")
+    config, work = elsewhere(config, "b"), bench.runs.root / "sft-stopped"
+    process = bench.start(config, 2, work)
+    wait_until(lambda: (work / "output" / "logs" / "metrics.jsonl").exists(), process, work)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(SECONDS) == EXIT_INTERRUPTED, (work / "log").read_text()
+    (saved,) = bench.runs.checkpoints(config)
+    assert {file.name for file in saved.parent.rglob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    assert_alike(one, bench.run(config, 2, work), [ADAPTER], tolerance=1e-4)
 
 
 def test_two_ranks_train_the_reward_that_one_does(bench: Bench) -> None:
