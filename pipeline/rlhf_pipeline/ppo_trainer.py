@@ -200,12 +200,13 @@ class Trainer:
             "eos_rate": float(responses.ended.float().mean()),
             "learning_rate": self.optimizers["policy"].param_groups[0]["lr"],
         }
+        metrics = self.ranks.from_first(metrics)  # whether to go on is decided by them
         self.last = Last(responses, score, kl, dict(metrics))
         metrics |= {f"{name}_seconds": seconds for name, seconds in clock.seconds.items()}
         metrics["tokens_per_second"] = float(response_mask.sum()) / max(clock.seconds["rollout"], 1e-9)
         if adaptive := self.settings.adaptive_kl:
             self.running.kl_coefficient = next_kl_coefficient(
-                self.running.kl_coefficient, mean_kl, adaptive.target, adaptive.horizon, len(ids)
+                self.running.kl_coefficient, metrics["kl"], adaptive.target, adaptive.horizon, len(ids)
             )
         self.running.rollouts += 1
         return metrics

@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Bench:
 
     runs: StageRuns
     inputs: dict[str, ArtifactRef]
+    started: list["subprocess.Popen[bytes]"] = field(default_factory=list)
 
     def sft(self, steps: int = 3, rate: float = 0.02) -> StageConfig:
         inputs = {"model": self.inputs["model"], "data": self.inputs["sft-data"]}
@@ -73,9 +74,11 @@ class Bench:
         files = ["--config", work / STAGE_CONFIG_FILE, "--work", work, "--result", work / STAGE_RESULT_FILE]
         environment = os.environ | {ENV_RANKS: str(ranks), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         with (work / "log").open("ab") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "rlhf_pipeline", *map(str, files)], env=environment, stdout=log, stderr=log
             )
+        self.started.append(process)
+        return process
 
     def run(self, config: StageConfig, ranks: int, work: Path) -> Path:
         """Run a stage to its end; returns the files of its artifact."""
@@ -93,7 +96,7 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     runs = StageRuns(tmp_path_factory.mktemp("ranks"))
     tokenizer = build_tokenizer(runs.root / "tokenizer")
     prompts = [" ".join(text.split()[:length]) for text in TEXTS for length in (1, 2, 3)]
@@ -108,7 +111,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     }
     found = Bench(runs, inputs)
     inputs["reward"] = runs.run(found.reward()).ref
-    return found
+    yield found
+    for process in found.started:
+        process.kill()
+        process.wait()
 
 
 def assert_alike(one: Path, other: Path, files: list[str], *, tolerance: float = 1e-5) -> None:
@@ -135,6 +141,7 @@ def steps_of(folder: Path) -> list[dict[str, float]]:
 ADAPTER = "adapter/adapter_model.safetensors"
 
 
+@pytest.mark.slow
 def test_two_ranks_fine_tune_what_one_does(bench: Bench) -> None:
     one, two = bench.both(bench.sft())
     assert_alike(one, two, [ADAPTER])
@@ -157,6 +164,7 @@ def test_ranks_stopped_in_fine_tuning_go_on_to_the_same_adapter(bench: Bench) ->
     assert_alike(one, bench.run(config, 2, work), [ADAPTER], tolerance=1e-4)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_the_reward_that_one_does(bench: Bench) -> None:
     one, two = bench.both(bench.reward())
     assert_alike(one, two, [ADAPTER, "head.safetensors"])
@@ -177,7 +185,8 @@ def elsewhere(config: StageConfig, digit: str) -> StageConfig:
 POLICY = [ADAPTER, "critic/adapter/adapter_model.safetensors", "critic/head.safetensors"]
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_align_the_policy_that_one_does(bench: Bench, alone: Path, ranks: int) -> None:
     other = bench.run(elsewhere(bench.ppo(), str(ranks)), ranks, bench.runs.root / f"ppo-{ranks}")
     assert_alike(alone, other, POLICY)
@@ -185,6 +194,7 @@ def test_ranks_align_the_policy_that_one_does(bench: Bench, alone: Path, ranks: 
     assert abs(steps_of(alone)[-1]["kl"]) > 0.01  # it did train
 
 
+@pytest.mark.slow
 def test_stopped_ranks_save_a_checkpoint_and_go_on_to_the_same_policy(bench: Bench, alone: Path) -> None:
     config, work = elsewhere(bench.ppo(), "a"), bench.runs.root / "stopped"
     process = bench.start(config, 2, work)
@@ -285,6 +295,24 @@ class Toy:
         return self.process.returncode, f"{failure.failure}: {failure.message}", self.log.read_text()
 
 
+Make = Callable[[str], Toy]
+"""A running stage whose ranks do this in their third step."""
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Iterator[Make]:
+    made: list[Toy] = []
+
+    def make(third: str) -> Toy:
+        made.append(Toy(tmp_path, third))
+        return made[0]
+
+    yield make
+    for stage in made:
+        stage.process.kill()
+        stage.process.wait()
+
+
 @pytest.mark.parametrize(
     ("third", "code", "message"),
     [
@@ -301,41 +329,41 @@ class Toy:
     ],
     ids=["user", "user in the first", "all alike", "bug", "memory", "exit"],
 )
-def test_a_rank_that_fails_ends_all_with_its_cause(tmp_path: Path, third: str, code: int, message: str) -> None:
-    got, failure, errors = Toy(tmp_path, third).end()
+def test_a_rank_that_fails_ends_all_with_its_cause(toy: Make, third: str, code: int, message: str) -> None:
+    got, failure, errors = toy(third).end()
     assert (got, failure) == (code, message), errors
     assert errors.count("Traceback") == (1 if "boom" in message else 0)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_ends_all_and_is_named(tmp_path: Path, rank: int) -> None:
-    toy = Toy(tmp_path, "pass")
-    os.kill(toy.ranks()[rank], signal.SIGKILL)
-    code, failure, errors = toy.end()
+def test_a_killed_rank_ends_all_and_is_named(toy: Make, rank: int) -> None:
+    stage = toy("pass")
+    os.kill(stage.ranks()[rank], signal.SIGKILL)
+    code, failure, errors = stage.end()
     assert code == names.EXIT_INFRASTRUCTURE, errors
     assert (
         failure == f"infrastructure: rank {rank} was killed (SIGKILL) by someone other than the kernel's memory killer"
     )
 
 
-def test_a_rank_that_hangs_is_ended_with_the_one_that_failed(tmp_path: Path) -> None:
+def test_a_rank_that_hangs_is_ended_with_the_one_that_failed(toy: Make) -> None:
     third = "stage.ranks.rank or time.sleep(1000); raise UserError('data.sft: a bad row')"
-    code, failure, _ = Toy(tmp_path, third).end()
+    code, failure, _ = toy(third).end()
     assert (code, failure) == (2, "user: rank 1: data.sft: a bad row")
 
 
-def test_no_rank_survives_its_parent(tmp_path: Path) -> None:
-    toy = Toy(tmp_path, "time.sleep(1000)")
-    ranks = toy.ranks()
-    toy.process.kill()
-    toy.process.wait()
+def test_no_rank_survives_its_parent(toy: Make) -> None:
+    stage = toy("time.sleep(1000)")
+    ranks = stage.ranks()
+    stage.process.kill()
+    stage.process.wait()
     wait_until(lambda: not any(map(lives, ranks)), None, None)
 
 
-def test_a_stop_that_reaches_one_rank_stops_all_at_one_step(tmp_path: Path) -> None:
-    toy = Toy(tmp_path, "pass")
-    os.kill(toy.ranks()[1], signal.SIGTERM)
-    code, failure, errors = toy.end()
+def test_a_stop_that_reaches_one_rank_stops_all_at_one_step(toy: Make) -> None:
+    stage = toy("pass")
+    os.kill(stage.ranks()[1], signal.SIGTERM)
+    code, failure, errors = stage.end()
     assert code == EXIT_INTERRUPTED, errors
     assert "asked to stop" in failure
 
