@@ -165,13 +165,13 @@ class Budget:
 
 def budget(shape: ModelShape, spec: RunSpec) -> Budget:
     """The memory of each phase, in bytes, on one GPU. Phases of stages that the run skips are absent."""
-    needs = _Needs(shape, spec)
+    needs, gpus = _Needs(shape, spec), max(1, spec.gpu.count)
     ppo, tokens = spec.ppo, spec.ppo.prompt_tokens + spec.ppo.response_tokens
-    trunk = {"trunk": 0.0 if spec.lora.layers == "all" else ppo.batch_size * tokens * needs.width}
+    trunk = {"trunk": 0.0 if spec.lora.layers == "all" else ppo.batch_size / gpus * tokens * needs.width}
     roles = 3 if spec.reward.classifier or spec.reward.function else 4  # whose rows are in one batch
     scored = roles * ppo.micro_batch_size * tokens
     forward = {"activations": FORWARD_SHARE * scored * needs.working, "logits": LOGIT_COPIES * needs.logits}
-    rows = ppo.effective_rollout_batch_size
+    rows = ppo.effective_rollout_batch_size(gpus)
     phases = [Phase("any", "load", {"base": needs.base, "tensor in 16 bits": needs.largest})]
     if spec.data.sft is not None:
         held = spec.sft.micro_batch_size * spec.sft.sequence_length
@@ -242,11 +242,12 @@ def with_sizes(spec: RunSpec, sizes: Mapping[str, int]) -> RunSpec:
 
 
 def _largest(shape: ModelShape, spec: RunSpec, knob: str) -> int | None:
+    gpus = max(1, spec.gpu.count)  # which share each batch
     whole = {
-        "sft.microBatchSize": spec.sft.batch_size,
-        "reward.microBatchSize": spec.reward.batch_size,
-        "ppo.microBatchSize": spec.ppo.effective_mini_batch_size,
-        "ppo.rolloutBatchSize": spec.ppo.batch_size,
+        "sft.microBatchSize": spec.sft.batch_size // gpus,
+        "reward.microBatchSize": spec.reward.batch_size // gpus,
+        "ppo.microBatchSize": spec.ppo.effective_mini_batch_size // gpus,
+        "ppo.rolloutBatchSize": spec.ppo.batch_size // gpus,
         "evaluate.batchSize": spec.evaluate.samples,
     }[knob]
     for size in (part for part in range(whole, 0, -1) if whole % part == 0):

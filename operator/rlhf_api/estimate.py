@@ -73,7 +73,7 @@ def estimate(shape: ModelShape, spec: RunSpec, card: Card, kept_layers: int | No
         times.append(PhaseTime("reward", "train", reward.steps * step))
 
     micro_batches = ppo.batch_size / ppo.micro_batch_size
-    rows = ppo.effective_rollout_batch_size
+    rows = ppo.effective_rollout_batch_size(spec.gpu.count)
     score = speed.layers(speed.adapted, roles * ppo.micro_batch_size, tokens, 1)
     score += speed.logits(2 * ppo.micro_batch_size * ppo.response_tokens, 1)
     if not speed.fused(rows):  # a fused step leaves the trunk behind

@@ -49,6 +49,7 @@ ENV_SECRET_KEY: Final = "AWS_SECRET_ACCESS_KEY"
 ENV_SESSION_TOKEN: Final = "AWS_SESSION_TOKEN"
 ENV_STAGE_CONFIG: Final = "RLHF_STAGE_CONFIG"  # of a pod, whose arguments name it as env:RLHF_STAGE_CONFIG
 ENV_METRICS_PORT: Final = "RLHF_METRICS_PORT"
+ENV_RANKS: Final = "RLHF_RANKS"  # processes that share a training stage where gpu.count is 0: to try ranks on a CPU
 
 # What a stage's pod serves while it runs.
 METRICS_PORT: Final = 9090

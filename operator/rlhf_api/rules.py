@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from rlhf_api.budget import ModelShape
 from rlhf_api.names import STAGE_NAMES
-from rlhf_api.run import Data, PreferenceData, RunSpec
+from rlhf_api.run import SFT, Data, PreferenceData, Reward, RunSpec
 
 NO_BUCKET: Final = "([0-9]+([.][0-9]+){3}|.*-s3alias|.*--ol-s3)"  # of the right form, and yet none for S3
 
@@ -53,7 +53,7 @@ def misfits(spec: RunSpec, shape: ModelShape) -> list[Problem]:
         )
     lengths = {
         "sft.sequenceLength": spec.sft.sequence_length if spec.data.sft else 0,
-        "reward.sequenceLength": spec.reward.sequence_length if _reward_is_trained(spec) else 0,
+        "reward.sequenceLength": spec.reward.sequence_length if reward_is_trained(spec) else 0,
     }
     for path, tokens in lengths.items():
         if tokens > shape.positions:
@@ -67,7 +67,8 @@ def misfits(spec: RunSpec, shape: ModelShape) -> list[Problem]:
     return found
 
 
-def _reward_is_trained(spec: RunSpec) -> bool:
+def reward_is_trained(spec: RunSpec) -> bool:
+    """Whether the reward is an adapter that this run trains, and not another run's, a classifier or a function."""
     if spec.fork_from is not None and spec.fork_from.stage in ("reward", "ppo"):
         return False
     return spec.reward.classifier is None and spec.reward.function is None
@@ -102,7 +103,68 @@ def divisors(number: int) -> str:
     """The divisors of `number` as a list to choose from: `1, 2, 4 or 8`; the largest eight where there are more."""
     small = [part for part in range(1, int(number**0.5) + 1) if number % part == 0]
     every = sorted({*small, *(number // part for part in small)})[-8:]
-    return f"{', '.join(map(str, every[:-1]))} or {every[-1]}" if len(every) > 1 else str(every[0])
+    return _listed(every)
+
+
+def _listed(numbers: list[int]) -> str:
+    return f"{', '.join(map(str, numbers[:-1]))} or {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
+
+
+MAX_GPUS: Final = 8
+UNTRAINED: Final = (  # the reward, in CEL
+    "has(self.reward.classifier) || has(self.reward.__function__)"
+    " || (has(self.forkFrom) && self.forkFrom.stage in ['reward', 'ppo'])"
+)
+MINI_BATCH: Final = (  # PPO.effective_mini_batch_size, in CEL
+    "(has(self.ppo.miniBatchSize) ? self.ppo.miniBatchSize : self.ppo.batchSize % (4 * self.ppo.microBatchSize) == 0"
+    " ? self.ppo.batchSize / 4 : self.ppo.batchSize)"
+)
+
+
+NOT_SHARED: Final = f"self.gpu.count < 2 || self.gpu.count > {MAX_GPUS}"
+
+
+def _shared(spec: RunSpec) -> bool:
+    return 2 <= spec.gpu.count <= MAX_GPUS
+
+
+def _counts(spec: RunSpec) -> str:
+    whole = spec.ppo.effective_mini_batch_size
+    return _listed([count for count in range(1, MAX_GPUS + 1) if whole % count == 0])
+
+
+def _share_is_whole_rollouts(spec: RunSpec) -> bool:
+    batch, rollout = spec.ppo.batch_size, spec.ppo.rollout_batch_size
+    return not _shared(spec) or rollout is None or batch % rollout != 0 or batch % (rollout * spec.gpu.count) == 0
+
+
+def _choice(whole: int, gpus: int) -> str:
+    """What could divide each GPU's share of `whole`."""
+    return divisors(whole // gpus) if whole % gpus == 0 else f"a batch that {gpus} divides"
+
+
+def _shared_by_gpus(section: str, trained: Callable[[RunSpec], bool], trained_cel: str) -> Rule:
+    """Of a stage that TRL trains: in a step each GPU passes over equally many micro-batches."""
+
+    def holds(spec: RunSpec) -> bool:
+        part: SFT | Reward = getattr(spec, section)
+        batch, micro = part.batch_size, part.micro_batch_size
+        return not (_shared(spec) and trained(spec)) or batch % micro != 0 or batch % (micro * spec.gpu.count) == 0
+
+    def explain(spec: RunSpec) -> str:
+        part: SFT | Reward = getattr(spec, section)
+        unit = part.micro_batch_size * spec.gpu.count
+        what = f"{spec.gpu.count} GPUs with microBatchSize {part.micro_batch_size}"
+        return f"{part.batch_size} cannot be shared by {what}; use a multiple of {unit}, or another gpu.count"
+
+    return Rule(
+        f"{section}.batchSize",
+        f"must be a multiple of gpu.count times {section}.microBatchSize",
+        holds,
+        f"{NOT_SHARED} || !({trained_cel}) || self.{section}.batchSize % self.{section}.microBatchSize != 0"
+        f" || self.{section}.batchSize % (self.{section}.microBatchSize * self.gpu.count) == 0",
+        explain,
+    )
 
 
 def _micro_batch(spec: RunSpec) -> str:
@@ -337,9 +399,8 @@ RULES: Final[tuple[Rule, ...]] = (
     Rule(
         "data.preferences",
         "is needed to train the reward; add it, or set reward.classifier or reward.function",
-        lambda spec: spec.data.preferences is not None or not _reward_is_trained(spec),
-        "has(self.data.preferences) || has(self.reward.classifier) || has(self.reward.__function__)"
-        " || (has(self.forkFrom) && self.forkFrom.stage in ['reward', 'ppo'])",
+        lambda spec: spec.data.preferences is not None or not reward_is_trained(spec),
+        f"has(self.data.preferences) || {UNTRAINED}",
         lambda _: "is missing and the reward is trained on it; add it, or set reward.classifier or reward.function",
     ),
     Rule(
@@ -389,10 +450,34 @@ RULES: Final[tuple[Rule, ...]] = (
     ),
     Rule(
         "gpu.count",
-        "this release trains on one GPU; use 1, or 0 for the CPU",
-        lambda spec: spec.gpu.count <= 1,
-        "self.gpu.count <= 1",
-        lambda spec: f"{spec.gpu.count} is more than this release can use; use 1, or 0 for the CPU",
+        f"must be {MAX_GPUS} at most, those of one pod",
+        lambda spec: spec.gpu.count <= MAX_GPUS,
+        f"self.gpu.count <= {MAX_GPUS}",
+        lambda spec: f"{spec.gpu.count} is more than one pod's stage can use; use {MAX_GPUS} at most",
+    ),
+    _shared_by_gpus("sft", lambda spec: spec.data.sft is not None, "has(self.data.sft)"),
+    _shared_by_gpus("reward", reward_is_trained, f"!({UNTRAINED})"),
+    Rule(
+        "gpu.count",
+        "must divide ppo.miniBatchSize, which is a quarter of ppo.batchSize where it is not set and "
+        "ppo.microBatchSize divides that, else ppo.batchSize",
+        lambda spec: not _shared(spec) or spec.ppo.effective_mini_batch_size % spec.gpu.count == 0,
+        f"{NOT_SHARED} || {MINI_BATCH} % self.gpu.count == 0",
+        lambda spec: (
+            f"{spec.gpu.count} does not divide the {spec.ppo.effective_mini_batch_size} episodes of an optimiser step; "
+            f"set ppo.miniBatchSize to a multiple of {spec.gpu.count}, or use {_counts(spec)}"
+        ),
+    ),
+    Rule(
+        "ppo.rolloutBatchSize",
+        "must divide ppo.batchSize / gpu.count",
+        _share_is_whole_rollouts,
+        f"{NOT_SHARED} || !has(self.ppo.rolloutBatchSize) || self.ppo.batchSize % self.ppo.rolloutBatchSize != 0"
+        " || self.ppo.batchSize % (self.ppo.rolloutBatchSize * self.gpu.count) == 0",
+        lambda spec: (
+            f"{spec.ppo.rollout_batch_size} does not divide the share of each of {spec.gpu.count} GPUs in batchSize "
+            f"{spec.ppo.batch_size}; use {_choice(spec.ppo.batch_size, spec.gpu.count)}"
+        ),
     ),
     Rule(
         "objectStore.bucket",

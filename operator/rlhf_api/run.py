@@ -245,7 +245,9 @@ class PPO(Section):
     mini_batch_size: Positive | None = Field(None, description="Episodes an optimiser step. Default: batchSize / 4.")
     micro_batch_size: Positive = Field(8, description="Episodes a forward pass; divides miniBatchSize.")
     rollout_batch_size: Positive | None = Field(
-        None, description="Episodes decoded together; divides batchSize. Default: its largest divisor up to 32."
+        None,
+        description="Episodes decoded together on a GPU; divides its share of batchSize. "
+        "Default: the share's largest divisor up to 32.",
     )
     epochs: Positive = Field(4, description="Passes over each rollout.")
     prompt_tokens: Positive = Field(64, description="Tokens of a prompt, at most.")
@@ -293,10 +295,10 @@ class PPO(Section):
         fits = rest == 0 and quarter >= self.micro_batch_size and quarter % self.micro_batch_size == 0
         return self.mini_batch_size or (quarter if fits else self.batch_size)
 
-    @property
-    def effective_rollout_batch_size(self) -> int:
-        """Episodes decoded together: rolloutBatchSize, else the largest divisor of batchSize up to 32."""
-        divisors = (size for size in range(32, 0, -1) if self.batch_size % size == 0)
+    def effective_rollout_batch_size(self, gpus: int) -> int:
+        """Episodes decoded together on each GPU: rolloutBatchSize, else the largest divisor of its share up to 32."""
+        share = self.batch_size // max(1, gpus)
+        divisors = (size for size in range(32, 0, -1) if share % size == 0)
         return self.rollout_batch_size or next(divisors)
 
 
@@ -325,7 +327,9 @@ class GPU(Section):
     memory: Quantity = Field(
         "24Gi", description="Memory of one GPU, such as 24Gi. On a larger card a stage keeps within it."
     )
-    count: Natural = Field(1, description="GPUs a stage. 0: run on the CPU.")
+    count: Natural = Field(
+        1, description="GPUs of sft, reward and ppo, which share each batch, 8 at most. 0: run on the CPU."
+    )
     shorten_on_out_of_memory: bool = Field(
         False,
         description="Where smaller batches did not help, halve sft.sequenceLength, reward.sequenceLength or "

@@ -181,4 +181,4 @@ def _resources(settings: OperatorSettings, gpus: int) -> Document:
 
 
 def _gpus(run: RLHFRun, link: Link) -> int:
-    return run.spec.gpu.count if link.stage.gpu else 0
+    return link.gpus(run.spec) if link.stage.gpu else 0

@@ -52,14 +52,14 @@ class Step:
     """Whether it changes what is learnt, and with it the address."""
 
 
-def ladder(stage: str, settings: StageSettings, shorten: bool) -> tuple[Step, ...]:
+def ladder(stage: str, settings: StageSettings, shorten: bool, gpus: int = 1) -> tuple[Step, ...]:
     """Every step down from `settings`, at most MAX_STEPS; none for a stage that has no such size, or only ones of 1.
 
-    `shorten`: whether lengths may be halved after the sizes.
+    `shorten`: whether lengths may be halved after the sizes. `gpus`: how many share a batch of it.
     """
     steps: list[Step] = []
     for section, field in SIZES.get(stage, ()):
-        while len(steps) < MAX_STEPS and (step := _halved(settings, section, field)) is not None:
+        while len(steps) < MAX_STEPS and (step := _halved(settings, section, field, gpus)) is not None:
             steps.append(step)
             settings = step.settings
     if shorten and stage in LENGTHS and _counts(settings, LENGTHS[stage][0]):
@@ -87,7 +87,7 @@ def remedy(stage: str, settings: StageSettings) -> str:
     return REMEDIES.get(stage, MORE) if _counts(settings, stage) else MORE
 
 
-def _halved(settings: StageSettings, section: str, field: str) -> Step | None:
+def _halved(settings: StageSettings, section: str, field: str, gpus: int) -> Step | None:
     sizes: Section | None = getattr(settings, section)
     if sizes is None or not _counts(settings, section):
         return None
@@ -97,8 +97,10 @@ def _halved(settings: StageSettings, section: str, field: str) -> Step | None:
         # Its default depends on microBatchSize, and it is no matter of memory: it stays what it was.
         changed["mini_batch_size"] = settings.ppo.effective_mini_batch_size
         if field == "rollout_batch_size":
-            now = settings.ppo.effective_rollout_batch_size
-    if now == 1:
+            now = settings.ppo.effective_rollout_batch_size(gpus)
+        else:  # no micro-batch is larger than a GPU's share of a mini-batch
+            now = min(now, changed["mini_batch_size"] // max(1, gpus))
+    if now <= 1:  # 0: of a spec that breaks the rules
         return None
     # A divisor of what it is divides whatever that divides.
     changed[field] = next(size for size in range(now // 2, 0, -1) if now % size == 0)

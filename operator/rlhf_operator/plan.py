@@ -329,7 +329,7 @@ def _shortened(
         since = [attempt for attempt in attempts.get(name, ()) if attempt.started >= asked]
         link = _link(run, fingerprints, name)
         outputs, found[name], shorter = [link.output], _Lengths({link.output.digest}), run
-        for number, step in enumerate(ladder(name, link.settings, True), 0):
+        for number, step in enumerate(ladder(name, link.settings, True, link.gpus(run.spec)), 0):
             if not step.shortens:
                 continue
             tried = {output.digest for output in outputs}
@@ -369,7 +369,7 @@ def _views(run: RLHFRun, observed: Observed) -> list[_View]:
                 attempts=attempts,
                 counted=[a for a in attempts if a.digest in length.digests and a.started >= observed.asked_at],
                 asked=asked,
-                steps=ladder(link.name, asked, run.spec.gpu.shorten_on_out_of_memory),
+                steps=ladder(link.name, asked, run.spec.gpu.shorten_on_out_of_memory, link.gpus(run.spec)),
                 least=length.steps,
                 store_known=observed.store_problem is None and observed.damage is None,
                 refused=observed.refused.get(link.name),

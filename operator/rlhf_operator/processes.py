@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import IO, Final
 
 from rlhf_api.errors import FailureClass
+from rlhf_api.memory_kills import VMSTAT, memory_kills
 from rlhf_api.names import EXIT_CODES, EXIT_INTERRUPTED, STAGE_CONFIG_FILE, STAGE_RESULT_FILE
 from rlhf_api.stage import StageFailure, StageResult
 from rlhf_operator import tether
 from rlhf_operator.run_folder import LOG_FILE, signal_group
 
-VMSTAT: Final = Path("/proc/vmstat")
 THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 # On a CPU the large tensors of one step come and go with the next: glibc keeps their pages instead of faulting them in
 # anew each time, which takes a fifth of a training step.
@@ -95,12 +95,3 @@ class Process:
             log.seek(max(0, self.log.stat().st_size - 4096))
             lines = [line.strip() for line in log.read().decode(errors="replace").splitlines()]
         return next((line[:300] for line in reversed(lines) if line), "")
-
-
-def memory_kills(vmstat: Path) -> int:
-    """How many processes of this machine the kernel ever killed for memory; 0 where it does not say."""
-    try:
-        counts = dict(line.split() for line in vmstat.read_text().splitlines())
-    except (OSError, ValueError):  # not Linux, or not this format
-        return 0
-    return int(counts.get("oom_kill", 0))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from rlhf_api.rules import reward_is_trained
 from rlhf_api.run import Lora, RLHFRun, RunSpec
 from rlhf_api.stage import (
     ArtifactKind,
@@ -35,6 +36,8 @@ class Stage:
     settings: Callable[[RunSpec, str | None], StageSettings]
     skipped: Callable[[RunSpec], str | None] = field(default=lambda _: None)
     """Why the stage does not run, or None."""
+    shared: Callable[[RunSpec], bool] = field(default=lambda _: False)
+    """Whether several GPUs share its work."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,10 @@ class Link:
     def name(self) -> str:
         return self.stage.name
 
+    def gpus(self, spec: RunSpec) -> int:
+        """How many GPUs it works on, if it works on any."""
+        return spec.gpu.count if self.stage.shared(spec) else min(spec.gpu.count, 1)
+
     def config(self, run: RLHFRun, store: StoreConfig, attempt: str) -> StageConfig:
         """The document that the stage's process reads."""
         return StageConfig(
@@ -66,7 +73,7 @@ class Link:
             output=self.output,
             attempt=attempt,
             store=store,
-            gpu=run.spec.gpu,
+            gpu=run.spec.gpu.model_copy(update={"count": self.gpus(run.spec)}),
             tracking=run.spec.tracking,
         )
 
@@ -191,7 +198,16 @@ STAGES: Final[tuple[Stage, ...]] = (
         _import_evaluation,
         _no_evaluation,
     ),
-    Stage("sft", "sft", {"model": "model", "data": "sft-data"}, "sft-adapter", True, _sft, _no_sft),
+    Stage(
+        "sft",
+        "sft",
+        {"model": "model", "data": "sft-data"},
+        "sft-adapter",
+        True,
+        _sft,
+        _no_sft,
+        shared=lambda _: True,
+    ),
     Stage(
         "merge",
         "merge",
@@ -208,6 +224,7 @@ STAGES: Final[tuple[Stage, ...]] = (
         "reward-model",
         True,
         _reward,
+        shared=reward_is_trained,
     ),
     Stage(
         "ppo",
@@ -216,6 +233,7 @@ STAGES: Final[tuple[Stage, ...]] = (
         "policy",
         True,
         _ppo,
+        shared=lambda _: True,
     ),
     Stage(
         "evaluate",

@@ -20,10 +20,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from rlhf_api.errors import RLHFError, UserError
-from rlhf_api.names import ENV_METRICS_PORT, EXIT_CODES, EXIT_INTERRUPTED, EXIT_OK
+from rlhf_api.names import ENV_METRICS_PORT, ENV_RANKS, EXIT_CODES, EXIT_INTERRUPTED, EXIT_OK
 from rlhf_api.stage import Program, StageConfig, StageFailure, StageResult
 from rlhf_pipeline.checkpoints import RESTORED
 from rlhf_pipeline.failures import classify
+from rlhf_pipeline.rank_processes import COMMAND, RankProcesses, tie_to_parent, trace_of
+from rlhf_pipeline.ranks import ALONE, Ranks
 from rlhf_pipeline.result_file import write_result
 from rlhf_pipeline.stage_process import Interrupted, Stage, surroundings
 from rlhf_store.artifacts import STAGE_PATIENCE, Manifest, open_artifacts
@@ -38,6 +40,7 @@ PROGRAMS: dict[Program, str] = {
     "ppo": "rlhf_pipeline.ppo:run",
     "evaluate": "rlhf_pipeline.evaluate:run",
 }
+TRAINING: tuple[Program, ...] = ("sft", "reward", "ppo")  # what several GPUs share
 
 # A stage's log is for what went wrong and for a line now and then of how far it is, not for bars of libraries.
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
@@ -45,24 +48,32 @@ QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one stage and write its result. Returns the exit code."""
+def main(arguments: Sequence[str] | None = None, command: Sequence[str] = COMMAND) -> int:
+    """Run one stage and write its result. Returns the exit code.
+
+    command: what starts the ranks, where there are several.
+    """
     parser = argparse.ArgumentParser(prog="python -m rlhf_pipeline", description=__doc__)
     parser.add_argument(
         "--config", required=True, help="StageConfig as JSON: a file, or env:NAME, an environment variable"
     )
     parser.add_argument("--work", type=Path, required=True, help="working folder; a restarted stage may reuse it")
     parser.add_argument("--result", type=Path, required=True, help="where the StageResult goes")
+    parser.add_argument("--rank", type=int, help="given by a stage process on several GPUs to those it starts")
+    parser.add_argument("--parent", type=int, help="that process's id")
     options = parser.parse_args(arguments)
+    if options.rank is not None:
+        tie_to_parent(options.parent)
     for name, value in (QUIET | ALLOCATOR).items():
         os.environ.setdefault(name, value)
     began = time.monotonic()
-    result, code = _outcome(options.config, options.work)
+    result, code = _outcome(options, command)
     write_result(options.result, result.model_copy(update={"seconds": round(time.monotonic() - began, 3)}))
     return code
 
 
-def _outcome(config_from: str, work: Path) -> tuple[StageResult, int]:
+def _outcome(options: argparse.Namespace, command: Sequence[str]) -> tuple[StageResult, int]:
+    config_from, work, rank = str(options.config), Path(options.work), options.rank
     name, stage = "", None
     try:
         # Before anything slow: the first process of a container ignores a signal that it does not handle.
@@ -73,8 +84,17 @@ def _outcome(config_from: str, work: Path) -> tuple[StageResult, int]:
         manifest = artifacts.find(config.output)
         if manifest is None:
             work.mkdir(parents=True, exist_ok=True)
-            stage = Stage(config, artifacts, work)
+            size = _rank_count(config, os.environ)
+            ranks = ALONE if rank is None else Ranks.joined(rank, size, config.gpu.count > 0)
+            stage = Stage(config, artifacts, work, ranks)
             stage.handle_signals()
+            if rank is None and size > 1:
+                for each in config.inputs:  # once, for all ranks
+                    stage.input(each)
+                return RankProcesses(config, size, config_from, work, command).outcome()
+            if not ranks.first:
+                _program(config.program)(stage)
+                return StageResult(stage=name), EXIT_OK
             if ENV_METRICS_PORT in os.environ:
                 from rlhf_pipeline.metrics_server import serve_metrics
 
@@ -96,10 +116,18 @@ def _outcome(config_from: str, work: Path) -> tuple[StageResult, int]:
         else:
             kind, message = classify(error, work)
             failure, code = StageFailure(failure=kind, message=message, checkpoint=checkpoint), EXIT_CODES[kind]
-            if kind == "bug":
-                traceback.print_exc()
-        print(f"{name or config_from}: {failure.message}", file=sys.stderr)
+        trace = traceback.format_exc() if code == EXIT_CODES["bug"] else ""
+        if rank is None:
+            print(f"{trace}{name or config_from}: {failure.message}", file=sys.stderr)
+        else:
+            trace_of(options.result).write_text(trace)
         return StageResult(stage=name, failure=failure), code
+
+
+def _rank_count(config: StageConfig, environment: Mapping[str, str]) -> int:
+    if config.program not in TRAINING:
+        return 1
+    return config.gpu.count or int(environment.get(ENV_RANKS) or 1)
 
 
 def run_stage(stage: Stage) -> Manifest:

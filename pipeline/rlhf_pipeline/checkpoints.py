@@ -12,6 +12,7 @@ from rlhf_api.errors import IntegrityError
 from rlhf_api.layout import CHECKPOINTS, MANIFEST, artifact_prefix, attempt_prefix, checkpoint_prefix
 from rlhf_api.run import Natural, Section
 from rlhf_api.stage import ArtifactRef
+from rlhf_pipeline.ranks import ALONE, Ranks
 from rlhf_pipeline.tracking import Tracking
 from rlhf_store.artifacts import Artifacts
 from rlhf_store.manifest import ArtifactPath, FileEntry
@@ -31,7 +32,10 @@ class CheckpointManifest(Section):
 
 
 class Checkpoints:
-    """Saves and finds the checkpoints of one artifact, those of earlier attempts included."""
+    """Saves and finds the checkpoints of one artifact, those of earlier attempts included.
+
+    With several ranks the first one does it, and all of them must ask.
+    """
 
     def __init__(
         self,
@@ -41,11 +45,12 @@ class Checkpoints:
         work: Path,
         output: Path,
         tracking: Tracking,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._objects = artifacts.objects
         self._ref, self._attempt = ref, attempt
         self._work, self._output = work, output
-        self._tracking = tracking
+        self._tracking, self._ranks = tracking, ranks
         self.newest: str | None = None  # URL of the newest whole one that this process saved or resumed from
 
     def save(self, step: int, folder: Path) -> None:
@@ -53,6 +58,20 @@ class Checkpoints:
 
         Log a step's metrics before its checkpoint: a resumed stage starts from the log as it was saved.
         """
+        if self._ranks.first:
+            self._save(step, folder)
+        self.newest = self._ranks.from_first(self.newest)
+
+    def latest(self) -> tuple[int, Path] | None:
+        """Step and folder of the newest whole checkpoint, with the output as it was then; None if there is none.
+
+        A checkpoint with damaged bytes is passed over with a warning.
+        """
+        found = self._latest() if self._ranks.first else None
+        found, self.newest = self._ranks.from_first((found, self.newest))
+        return found
+
+    def _save(self, step: int, folder: Path) -> None:
         self._tracking.flush()
         prefix = checkpoint_prefix(self._ref.kind, self._ref.digest, self._attempt, step)
         files = {}
@@ -66,11 +85,7 @@ class Checkpoints:
         self.newest = f"{self._objects.url.rstrip('/')}/{prefix}"
         self._prune()
 
-    def latest(self) -> tuple[int, Path] | None:
-        """Step and folder of the newest whole checkpoint, with the output as it was then; None if there is none.
-
-        A checkpoint with damaged bytes is passed over with a warning.
-        """
+    def _latest(self) -> tuple[int, Path] | None:
         self._tracking.close()
         for manifest, prefix in sorted(self._whole(), key=lambda item: (item[0].step, item[0].created_at))[::-1]:
             folder = self._work / RESTORED

@@ -14,8 +14,8 @@ from rlhf_api.run import GPU, Lora, Quantization
 CUDA_CONTEXT_BYTES = 2**30  # what the driver and CUDA take of a card before PyTorch gets any
 
 
-def device_of(gpu: GPU) -> torch.device:
-    """The device a stage runs on: the CPU if the run asks for no GPU. Raises UserError if it asks and none is there.
+def device_of(gpu: GPU, rank: int = 0) -> torch.device:
+    """The device a rank of a stage runs on: the CPU if the run asks for no GPU. Raises UserError if there are too few.
 
     On a card larger than gpu.memory the process keeps within gpu.memory: what fits here fits on the card asked for.
     """
@@ -23,6 +23,10 @@ def device_of(gpu: GPU) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError(f"gpu.count: {gpu.count} asks for a GPU and this machine has none; use 0 to run on the CPU")
+    if (there := torch.cuda.device_count()) < gpu.count:
+        raise UserError(f"gpu.count: {gpu.count} asks for more GPUs than this machine's {there}; use {there}")
+    if rank:
+        torch.cuda.set_device(rank)
     device = torch.device("cuda", torch.cuda.current_device())
     total = torch.cuda.get_device_properties(device).total_memory
     share = (bytes_of(gpu.memory) - CUDA_CONTEXT_BYTES) / total

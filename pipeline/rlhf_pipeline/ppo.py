@@ -30,14 +30,15 @@ def run(stage: Stage) -> dict[str, float]:
 
     # 1. One base, four roles.
     stage.progress.update(phase="loading")
-    device = device_of(stage.config.gpu)
+    device = device_of(stage.config.gpu, stage.ranks.rank)
     folder = stage.input("model")
     tokenizer = load_tokenizer(folder)
     torch.manual_seed(stage.settings.seed)  # of the adapters' first weights
     roles = Roles(load_base(folder, quantization, device), lora, checkpointing=device.type == "cuda")
     score, card = load_score(stage.input("reward"), roles, tokenizer, settings.micro_batch_size)
     prompts = Prompts(stage.input("prompts"), "train", tokenizer.pad_token_id, stage.settings.seed)
-    trainer = Trainer(roles, settings, score, tokenizer.eos_token_id, tokenizer.pad_token_id, stage.settings.seed)
+    eos, pad, seed = tokenizer.eos_token_id, tokenizer.pad_token_id, stage.settings.seed
+    trainer = Trainer(roles, settings, score, eos, pad, seed, ranks=stage.ranks)
 
     # 2. Go on where an earlier process stopped.
     last_good = _resume(stage, trainer)
@@ -46,7 +47,7 @@ def run(stage: Stage) -> dict[str, float]:
     metrics: dict[str, float] = {}
     while trainer.running.rollouts < trainer.total:
         index = trainer.running.rollouts
-        if stage.stopping:
+        if stage.all_stopping():
             _save_checkpoint(stage, trainer)
             raise Interrupted
         ids, mask = prompts.batch(index, settings.batch_size, device)
@@ -99,9 +100,10 @@ def _samples(trainer: Trainer, tokenizer: Any, rollout: int) -> list[dict[str, A
 
 def _save_checkpoint(stage: Stage, trainer: Trainer) -> str:
     folder = stage.work / "checkpoint"
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(trainer.state(), folder / "trainer.pt")
-    (folder / "running.json").write_text(json.dumps(asdict(trainer.running)))
+    if stage.ranks.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(trainer.state(), folder / "trainer.pt")
+        (folder / "running.json").write_text(json.dumps(asdict(trainer.running)))
     stage.checkpoints.save(trainer.running.rollouts, folder)
     return f"rollout {trainer.running.rollouts}"
 

@@ -2,13 +2,17 @@
 
 Every detail follows "The N+ Implementation Details of RLHF with PPO" (arXiv 2403.17031), N+ below; the formulas are in
 losses.py, the roles in roles.py, the sampling in rollout.py.
+
+Several ranks share a batch by its rows. Each samples, scores and trains its own; what is small (log-probabilities,
+values, scores) all have of the whole batch, so that all compute the same rewards, advantages and figures. Gradients are
+added up before each step of the optimisers, which is then the same everywhere.
 """
 
 import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,12 +33,14 @@ from rlhf_pipeline.losses import (
     value_loss,
 )
 from rlhf_pipeline.models import memory_limit
+from rlhf_pipeline.ranks import ALONE, Ranks
 from rlhf_pipeline.roles import Role, Roles, Trunk
 from rlhf_pipeline.rollout import Responses, Sampling, rollout
 from rlhf_pipeline.scoring import AdapterScore, Score, micro_batches
 
 TRAINED: tuple[Role, ...] = ("policy", "critic")
 SPARE_BYTES = 2**30  # of the GPU's memory, which activations that are kept leave free
+SHARES = 840  # any number of ranks from 1 to 8 divides it
 ADAM_EPSILON = 1e-5  # N+, detail "Adam's epsilon"
 # How far the first update may be from "policy = reference, ratio = 1" by rounding alone, in nats, by activation type.
 START_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
@@ -55,7 +61,7 @@ class Running:
 class Scored:
     """What the roles say of a rollout."""
 
-    trunk: Trunk
+    trunk: Trunk  # of this rank's rows alone
     logprobs: Tensor  # of the policy, (batch, response)
     entropy: Tensor  # of the policy, (batch, response)
     reference: Tensor  # log-probabilities, (batch, response)
@@ -67,7 +73,8 @@ class Scored:
 class Batch:
     """One rollout, scored: everything the epochs over it need."""
 
-    trunk: Trunk
+    own: slice  # this rank's rows
+    trunk: Trunk  # of these alone
     response_ids: Tensor  # (batch, response)
     mask: Tensor  # (batch, response)
     logprobs: Tensor  # of the policy that sampled, (batch, response)
@@ -90,9 +97,18 @@ class Trainer:
     """PPO on given prompts; knows nothing of files or stores."""
 
     def __init__(
-        self, roles: Roles, settings: PPO, score: Score, eos: int, pad: int, seed: int, rollouts: int | None = None
+        self,
+        roles: Roles,
+        settings: PPO,
+        score: Score,
+        eos: int,
+        pad: int,
+        seed: int,
+        rollouts: int | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.roles, self.settings, self.score, self.seed = roles, settings, score, seed
+        self.roles, self.settings, self.score, self.seed, self.ranks = roles, settings, score, seed, ranks
+        ranks.copy_first(self._trained())
         self.total = rollouts or math.ceil(settings.episodes / settings.batch_size)
         self.mini = settings.effective_mini_batch_size
         self.sampling = Sampling(settings.response_tokens, eos, pad, settings.temperature)
@@ -106,21 +122,29 @@ class Trainer:
         self.spent = False
 
     def step(self, ids: Tensor, mask: Tensor) -> dict[str, float]:
-        """One rollout and the epochs over it. ids, mask: (batch, prompt). Returns what practitioners watch."""
+        """One rollout and the epochs over it. Returns what practitioners watch.
+
+        ids, mask: (batch, prompt), of the whole batch on every rank, which takes its share.
+        """
         clock = _Clock(ids.device)
         first = self.running.rollouts == 0
         self._set_learning_rates()
 
-        # 1. Roll out. The seed depends on the rollout alone, so a resumed run draws what an uninterrupted one does.
-        torch.manual_seed(self.seed * 1_000_003 + self.running.rollouts)
+        # 1. Roll out. The seeds count the groups decoded together, from the first one of the run: a resumed run draws
+        # what an uninterrupted one does, and several ranks what one would.
+        rows, own = self.settings.effective_rollout_batch_size(self.ranks.size), self.ranks.share(len(ids))
+        group = (self.running.rollouts * len(ids) + own.start) // rows
+        seeds = [self.seed * 1_000_003 + group + each for each in range(math.ceil((own.stop - own.start) / rows))]
         self.roles.activate("policy")
-        rows, bottom = self.settings.effective_rollout_batch_size, self.roles.bottom
-        responses = rollout(self.roles.model, ids, mask, self.sampling, rows, trunk_layers=bottom)
+        sampled = rollout(
+            self.roles.model, ids[own], mask[own], self.sampling, rows, trunk_layers=self.roles.bottom, seeds=seeds
+        )
         _release(ids.device)  # the cache is gone; hand its memory to training
         clock.lap("rollout")
 
         # 2. Score: the trunk once, unless sampling has left it, then policy, reference, critic and reward in one pass.
-        scored = self._score(responses)
+        scored = self._score(sampled)
+        responses = self._gathered(sampled)
         trunk, logprobs, reference, values, raw = (
             scored.trunk,
             scored.logprobs,
@@ -140,7 +164,7 @@ class Trainer:
                 self.running.score_mean, self.running.score_std = float(raw.mean()), spread if spread > 1e-6 else 1.0
             if "reward" in self.roles.heads:
                 self.roles.start_critic(self.running.score_mean, self.running.score_std)
-                values = self._values(trunk, responses)
+                values = self.ranks.gather(self._values(trunk))
         score = (raw - self.running.score_mean) / self.running.score_std
         if self.settings.missing_eos_penalty is not None:
             score = torch.where(responses.ended, score, -self.settings.missing_eos_penalty)
@@ -152,7 +176,7 @@ class Trainer:
             rewards = masked_whiten(rewards, response_mask, shift_mean=False)
         advantages, returns = gae(rewards, values, response_mask, self.settings.gamma, self.settings.gae_lambda)
         advantages = masked_whiten(advantages, response_mask)
-        batch = Batch(trunk, responses.response_ids, response_mask, logprobs, values, advantages, returns)
+        batch = Batch(own, trunk, responses.response_ids, response_mask, logprobs, values, advantages, returns)
 
         # 4. Update policy and critic.
         with self._memory_spent():
@@ -176,12 +200,13 @@ class Trainer:
             "eos_rate": float(responses.ended.float().mean()),
             "learning_rate": self.optimizers["policy"].param_groups[0]["lr"],
         }
+        metrics = self.ranks.from_first(metrics)  # whether to go on is decided by them
         self.last = Last(responses, score, kl, dict(metrics))
         metrics |= {f"{name}_seconds": seconds for name, seconds in clock.seconds.items()}
         metrics["tokens_per_second"] = float(response_mask.sum()) / max(clock.seconds["rollout"], 1e-9)
         if adaptive := self.settings.adaptive_kl:
             self.running.kl_coefficient = next_kl_coefficient(
-                self.running.kl_coefficient, mean_kl, adaptive.target, adaptive.horizon, len(ids)
+                self.running.kl_coefficient, metrics["kl"], adaptive.target, adaptive.horizon, len(ids)
             )
         self.running.rollouts += 1
         return metrics
@@ -230,7 +255,12 @@ class Trainer:
         logprobs, entropy, reference, values, raw = (torch.cat(column) for column in zip(*columns, strict=True))
         if not shared:
             raw = self.score(whole, responses).float()
-        return Scored(whole, logprobs, entropy, reference, values, raw)
+        return Scored(whole, *(self.ranks.gather(each) for each in (logprobs, entropy, reference, values, raw)))
+
+    def _gathered(self, sampled: Responses) -> Responses:
+        """The responses of all ranks; their trunk stays where it is."""
+        ids, mask, ended = (self.ranks.gather(each) for each in (sampled.ids, sampled.mask, sampled.ended))
+        return replace(sampled, ids=ids, mask=mask, ended=ended, trunk=None)
 
     def _trunk(self, responses: Responses, part: slice) -> Trunk:
         ids, mask = responses.ids[part], responses.mask[part]
@@ -238,9 +268,9 @@ class Trainer:
             return self.roles.trunk(ids, mask)
         return Trunk(ids, mask, responses.trunk[part])
 
-    def _values(self, trunk: Trunk, responses: Responses) -> Tensor:
+    def _values(self, trunk: Trunk) -> Tensor:
         with torch.no_grad():
-            parts = micro_batches(len(responses.ids), self.settings.micro_batch_size)
+            parts = micro_batches(len(trunk.ids), self.settings.micro_batch_size)
             return torch.cat([self._response_values(trunk.rows(part)) for part in parts])
 
     def _logprobs(self, role: Role, trunk: Trunk, response_ids: Tensor) -> Tensor:
@@ -262,14 +292,15 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.running.rollouts)
         stopped = False
         for epoch in range(settings.epochs):
-            for rows in torch.randperm(len(batch.mask), generator=generator).split(self.mini):
+            for rows in mini_batches(len(batch.mask), self.mini, generator):
                 sums = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "value_clip_fraction"), 0.0)
                 sums |= {"approx_kl": 0.0, "ratio_mean": 0.0}
                 tokens = batch.mask[rows].sum()
-                for part in rows.split(settings.micro_batch_size):
+                mine = rows[(rows >= batch.own.start) & (rows < batch.own.stop)]
+                for part in mine.split(settings.micro_batch_size):
                     part = part.to(batch.mask.device)
                     mask, old = batch.mask[part], batch.logprobs[part]
-                    trunk = batch.trunk.rows(part)
+                    trunk = batch.trunk.rows(part - batch.own.start)
                     new = self._logprobs("policy", trunk, batch.response_ids[part])
                     if first and epoch == 0 and minis == 0:
                         self._check_start((new - old) * mask, "log ratio of the first mini-batch")
@@ -290,6 +321,8 @@ class Trainer:
                     (settings.value_coefficient * loss / tokens).backward()
                     sums["value_loss"] += float(loss.detach() / tokens)
                     sums["value_clip_fraction"] += float(clipped / tokens)
+                self.ranks.add_gradients(self._trained())
+                sums = dict(zip(sums, self.ranks.add(list(sums.values())), strict=True))
                 for name in TRAINED:
                     norm = torch.nn.utils.clip_grad_norm_(self.roles.parameters(name), settings.max_grad_norm)
                     sums["grad_norm" if name == "policy" else "critic_grad_norm"] = float(norm)
@@ -305,7 +338,11 @@ class Trainer:
                     break
             if stopped:
                 break
-        return {key: value / minis for key, value in totals.items()} | {"ratio_max": ratio_max, "updates": float(minis)}
+        means = {key: value / minis for key, value in totals.items()}
+        return means | {"ratio_max": self.ranks.most(ratio_max), "updates": float(minis)}
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [parameter for role in TRAINED for parameter in self.roles.parameters(role)]
 
     @contextmanager
     def _memory_spent(self) -> Iterator[None]:
@@ -314,6 +351,8 @@ class Trainer:
             self.spent = True
             with self.roles.choosing_kept_layers(memory_limit(self.roles.device) - SPARE_BYTES):
                 yield
+            # All go on together, so one that kept more than the others would have nothing from it.
+            self.roles.kept_layers = int(self.ranks.least(self.roles.kept_layers))
         else:
             yield
 
@@ -331,6 +370,18 @@ class Trainer:
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = self._rates[name] * left
+
+
+def mini_batches(rows: int, size: int, generator: torch.Generator) -> Tensor:
+    """All of `rows` rows in a random order, as mini-batches of `size`, which divides them: (minis, size).
+
+    Each takes equally many from each of gcd(size, SHARES) blocks of neighbouring rows, and has them in the order of the
+    blocks. So ranks that share the rows share each mini-batch equally, and how many there are changes no mini-batch.
+    """
+    blocks = math.gcd(size, SHARES)
+    each = rows // blocks
+    order = torch.rand(blocks, each, generator=generator).argsort(-1) + each * torch.arange(blocks)[:, None]
+    return order.view(blocks, -1, size // blocks).transpose(0, 1).reshape(-1, size)
 
 
 def _optimizer(roles: Roles, role: Role, rate: float) -> torch.optim.Optimizer:

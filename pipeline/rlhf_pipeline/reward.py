@@ -87,7 +87,7 @@ def _trained(stage: Stage, reward: Reward) -> dict[str, float]:
         )
 
     # 2. the base as a classifier with one output, an adapter, a head
-    device = device_of(stage.config.gpu)
+    device = device_of(stage.config.gpu, stage.ranks.rank)
     base = load_base(folder, quantization, device, classifier=True)
     torch.manual_seed(settings.seed)  # the adapter's first weights
     trainer = _trainer(stage, reward, with_reward_adapter(base, lora), tokenizer, pairs)
@@ -96,6 +96,8 @@ def _trained(stage: Stage, reward: Reward) -> dict[str, float]:
 
     # 3. train
     train(trainer, stage)
+    if not stage.ranks.first:
+        return {}
 
     # 4. how good it is on held-out pairs
     stage.progress.update(phase="held-out accuracy")

@@ -1,6 +1,6 @@
 """Sampling responses: a static KV cache, and on CUDA one graph for the whole decode step, sampling included."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -55,18 +55,27 @@ class Responses:
 
 @torch.no_grad()
 def rollout(
-    model: Any, ids: Tensor, mask: Tensor, sampling: Sampling, rows: int | None = None, trunk_layers: int = 0
+    model: Any,
+    ids: Tensor,
+    mask: Tensor,
+    sampling: Sampling,
+    rows: int | None = None,
+    trunk_layers: int = 0,
+    seeds: Sequence[int] | None = None,
 ) -> Responses:
     """Sample a response to each prompt from `model` with its active adapter, `rows` prompts at a time.
 
-    ids, mask: (batch, prompt), padded on the left. Draws from PyTorch's global generator of the device: seed it first.
+    ids, mask: (batch, prompt), padded on the left. Draws from PyTorch's global generator of the device: seed it first,
+    or give `seeds`, one for each `rows` prompts: then these get the same responses whatever is sampled beside them.
     trunk_layers: also keep what comes out of so many layers, where the fused step decodes. The cache lives only as long
     as this call.
     """
-    decoders = [
-        _Decoder(model, i, m, sampling, trunk_layers).run()
-        for i, m in zip(ids.split(rows or len(ids)), mask.bool().split(rows or len(ids)), strict=True)
-    ]
+    decoders = []
+    parts = zip(ids.split(rows or len(ids)), mask.bool().split(rows or len(ids)), strict=True)
+    for index, (prompts, real) in enumerate(parts):
+        if seeds is not None:
+            torch.manual_seed(seeds[index])
+        decoders.append(_Decoder(model, prompts, real, sampling, trunk_layers).run())
     raw = torch.cat([response for response, _ in decoders])
     trunks = [trunk for _, trunk in decoders if trunk is not None]
     response, real, ended = truncate_at_eos(raw, sampling.eos, sampling.pad)

@@ -48,13 +48,15 @@ def run(stage: Stage) -> dict[str, float]:
     held_out = encode(tokenizer, held_out_texts, sft.sequence_length)
 
     # 2. the base, and an adapter on all of its layers
-    model = load_base(folder, quantization, device_of(stage.config.gpu))
+    model = load_base(folder, quantization, device_of(stage.config.gpu, stage.ranks.rank))
     trainer = _trainer(stage, sft, lora, model, tokenizer, rows)
 
     # 3. train, between two looks at held-out texts
     stage.progress.update(phase="held-out loss")
     before = held_out_loss(trainer, held_out, tokenizer.pad_token_id)
     train(trainer, stage)
+    if not stage.ranks.first:
+        return {}
     stage.progress.update(phase="held-out loss")
     after = held_out_loss(trainer, held_out, tokenizer.pad_token_id)
 

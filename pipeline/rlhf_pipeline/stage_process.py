@@ -17,6 +17,8 @@ from rlhf_api.names import PROGRESS_FILE
 from rlhf_api.stage import StageConfig, StageSettings
 from rlhf_pipeline.checkpoints import Checkpoints
 from rlhf_pipeline.progress import ProgressFile
+from rlhf_pipeline.rank_processes import rank_folder
+from rlhf_pipeline.ranks import ALONE, Ranks
 from rlhf_pipeline.tracking import Tracking
 from rlhf_store.artifacts import Artifacts, ArtifactWriter, Manifest
 
@@ -32,21 +34,23 @@ class Stage:
 
     config, settings: what to do. work: a folder for anything; output: the folder that becomes the artifact.
     writer: sends a large file to the artifact early. progress, checkpoints, artifacts: see their classes.
+    ranks: the processes that do it together. They share `work`; what others than the first put out is nobody's.
     """
 
-    def __init__(self, config: StageConfig, artifacts: Artifacts, work: Path) -> None:
-        self.config, self.artifacts, self.work = config, artifacts, work
+    def __init__(self, config: StageConfig, artifacts: Artifacts, work: Path, ranks: Ranks = ALONE) -> None:
+        self.config, self.artifacts, self.work, self.ranks = config, artifacts, work, ranks
         self.settings: StageSettings = config.settings
-        self.output = work / "output"
+        own = work if ranks.first else rank_folder(work, ranks.rank)
+        self.output = own / "output"
         shutil.rmtree(self.output, ignore_errors=True)  # of a process that died here
         self.output.mkdir(parents=True)
         # Two runs of one file may share an artifact and an attempt's number, but never a folder.
         attempt = f"{config.attempt}-{secrets.token_hex(4)}"
         self.writer: ArtifactWriter = artifacts.writer(config.output, attempt)
-        self.progress = ProgressFile(work / PROGRESS_FILE, config.stage)
+        self.progress = ProgressFile(own / PROGRESS_FILE, config.stage)
         self.logged: dict[str, float] = {}  # the newest record of log(); replaced, never changed
         self._tracking = Tracking(config, self.output / "logs")
-        self.checkpoints = Checkpoints(artifacts, config.output, attempt, work, self.output, self._tracking)
+        self.checkpoints = Checkpoints(artifacts, config.output, attempt, work, self.output, self._tracking, ranks)
         self._stop_requested = False
         self._polls = False
 
@@ -60,7 +64,9 @@ class Stage:
         Raises KeyError if the stage has no such input, IntegrityError if its bytes are damaged.
         """
         ref = self.config.inputs[name]
-        return self.artifacts.fetch(ref, self.work / "inputs" / f"{name}-{ref.digest[:12]}", include)
+        folder = self.work / "inputs" / f"{name}-{ref.digest[:12]}"
+        # Of a stage with several ranks all inputs were fetched before the ranks began.
+        return folder if self.ranks.size > 1 else self.artifacts.fetch(ref, folder, include)
 
     def input_manifest(self, name: str) -> Manifest:
         """Manifest of an input: its files, and its metrics in the metadata."""
@@ -68,7 +74,8 @@ class Stage:
 
     def log(self, step: int, **metrics: float) -> None:
         """Record metrics of a step: logs/metrics.jsonl, TensorBoard and the trackers of the run."""
-        self._tracking.log(step, metrics)
+        if self.ranks.first:
+            self._tracking.log(step, metrics)
         self.logged = metrics
 
     def close(self) -> None:
@@ -84,6 +91,13 @@ class Stage:
         """
         self._polls = True
         return self._stop_requested
+
+    def all_stopping(self) -> bool:
+        """Whether some rank was asked to stop: the same answer for all, which all must ask for."""
+        if not self.ranks.any(self.stopping):
+            return False
+        self._stop_requested = True  # of a rank that the signal has not reached yet
+        return True
 
     @property
     def stop_requested(self) -> bool:

@@ -78,7 +78,10 @@ def trainer_arguments(stage: Stage, model: Any, section: SFT | Reward) -> dict[s
         "output_dir": str(stage.work / "trainer"),
         "max_steps": section.steps,
         "per_device_train_batch_size": section.micro_batch_size,
-        "gradient_accumulation_steps": section.batch_size // section.micro_batch_size,
+        # The ranks take the micro-batches in turn, so a step's rows are those of one process.
+        "gradient_accumulation_steps": section.batch_size // (section.micro_batch_size * stage.ranks.size),
+        "ddp_find_unused_parameters": False,  # every adapter is part of every pass
+        "ddp_broadcast_buffers": False,  # they are alike, and stay so
         "learning_rate": section.learning_rate,
         "lr_scheduler_type": "constant_with_warmup" if section.schedule == "constant" else section.schedule,
         "warmup_steps": section.warmup_steps if isinstance(section, SFT) else 0,
@@ -119,6 +122,8 @@ def train(trainer: Any, stage: Stage) -> None:
         # bitsandbytes' int8 warns of its casts at every layer of every step; torch of pinned memory without a GPU.
         warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
+        if stage.ranks.size > 1:  # dropout of its own for each rank
+            torch.manual_seed(stage.settings.seed * 1_000_003 + stage.ranks.rank)
         trainer.train(resume_from_checkpoint=str(newest[1]) if newest else None)
     stop_if_asked(stage)
 
@@ -137,7 +142,7 @@ class StageCallback(TrainerCallback):
 
     def on_step_end(self, _args: Any, _state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Stop after this step, with a checkpoint, if the stage was asked to."""
-        if self.stage.stopping:
+        if self.stage.all_stopping():
             control.should_save = True
             control.should_training_stop = True
 
@@ -160,9 +165,12 @@ class StageCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, _control: Any, **_: Any) -> None:
         """Keep the checkpoint that the trainer has just written."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        (folder / "README.md").unlink(missing_ok=True)  # TRL's model card
+        self.stage.ranks.wait()  # each has put its generator's state there
+        if self.stage.ranks.first:
+            (folder / "README.md").unlink(missing_ok=True)  # TRL's model card
         self.stage.checkpoints.save(state.global_step, folder)
-        shutil.rmtree(folder)
+        if self.stage.ranks.first:
+            shutil.rmtree(folder)
 
     def _not_finite(self, name: str, value: float, step: int) -> str:
         program = self.stage.config.program

@@ -83,7 +83,7 @@ def specs(draw: st.DrawFn) -> dict[str, Any]:
             "adaptiveKl": draw(st.none() | st.fixed_dictionaries({"target": kl.filter(bool)})),
         },
         "evaluate": {"scorers": draw(st.lists(scorer, max_size=3))},
-        "gpu": {"count": draw(st.integers(0, 2))},
+        "gpu": {"count": draw(st.sampled_from([0, 1, 2, 3, 4, 8, 9]))},
         "placement": {"stagePodTemplates": draw(st.sampled_from([{}, {"ppo": {}}, {"dpo": {}}]))},
         "objectStore": draw(stores()),
         "forkFrom": draw(st.sampled_from([None, {"run": "a", "stage": "sft"}, {"run": "a", "stage": "reward"}])),

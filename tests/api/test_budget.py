@@ -51,6 +51,15 @@ def test_the_cache_is_as_measured() -> None:
     assert phase("ppo", "rollout", run).terms["cache"] / GIB == pytest.approx(8.25, rel=0.001)
 
 
+def test_each_gpu_holds_its_share_of_a_rollout() -> None:
+    alone, shared = (spec(lora={"layers": "top:11"}, gpu={"count": count}) for count in (1, 4))
+    trunks = [phase("ppo", "score", run).terms["trunk"] for run in (alone, shared)]
+    assert trunks[0] == 4 * trunks[1]
+    caches = [phase("ppo", "rollout", run).terms["cache"] for run in (alone, shared)]
+    assert caches[0] == 2 * caches[1]  # 32 of 64 rows, and all 16 of a share
+    assert phase("any", "load", alone) == phase("any", "load", shared)
+
+
 def test_the_weights_of_an_adapter_on_every_linear_layer_are_as_measured() -> None:
     run = spec(lora={"rank": 16, "targetModules": "all-linear"})
     assert 44 * adapter_weights(SHAPE, run) == pytest.approx(69e6, rel=0.01)

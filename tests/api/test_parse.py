@@ -58,7 +58,7 @@ def test_every_problem_is_told_at_once(changed: Change) -> None:
             "sft.step": 3,
             "reward.steps": "many",
             "ppo.microBatchSize": 3,
-            "gpu.count": 4,
+            "gpu.count": 9,
             "reward.microBatchSize": 5,
         }
     )

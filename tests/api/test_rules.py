@@ -164,3 +164,40 @@ def _resolved(node: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
             definition: dict[str, Any] = root["$defs"][branch["$ref"].rsplit("/", 1)[-1]]
             return definition
     return node
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [
+        ({"gpu.count": 8}, []),
+        ({"gpu.count": 4}, []),
+        ({"gpu.count": 2}, []),
+        ({"gpu.count": 16}, ["spec.gpu.count: 16 is more than one pod's stage can use; use 8 at most"]),
+        (
+            {"gpu.count": 3, "data.sft": ..., "reward.function": "m:f"},
+            [
+                "spec.gpu.count: 3 does not divide the 16 episodes of an optimiser step; set ppo.miniBatchSize to a "
+                "multiple of 3, or use 1, 2, 4 or 8"
+            ],
+        ),
+        (
+            {"gpu.count": 4, "sft.microBatchSize": 8, "reward.microBatchSize": 8, "reward.batchSize": 48},
+            [
+                "spec.sft.batchSize: 16 cannot be shared by 4 GPUs with microBatchSize 8; use a multiple of 32, or "
+                "another gpu.count",
+                "spec.reward.batchSize: 48 cannot be shared by 4 GPUs with microBatchSize 8; use a multiple of 32, or "
+                "another gpu.count",
+            ],
+        ),
+        (
+            {"gpu.count": 4, "ppo.rolloutBatchSize": 32},
+            [
+                "spec.ppo.rolloutBatchSize: 32 does not divide the share of each of 4 GPUs in batchSize 64; "
+                "use 1, 2, 4, 8 or 16"
+            ],
+        ),
+    ],
+    ids=str,
+)
+def test_what_several_gpus_can_share(changed: Change, changes: dict[str, Any], lines: list[str]) -> None:
+    assert [str(problem) for problem in problems(RLHFRun.model_validate(changed(changes)).spec)] == lines

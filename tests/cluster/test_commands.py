@@ -210,7 +210,7 @@ def test_a_deadline_that_passed_exits_as_a_missed_gate(desk: Desk, failing: dict
 
 
 def test_a_wrong_spec_is_refused_before_anything_is_sent(desk: Desk) -> None:
-    said = desk.rlhf("run", desk.write("wrong", ppo={"batchSize": 8, "microBatchSize": 3}, gpu={"count": 2}))
+    said = desk.rlhf("run", desk.write("wrong", ppo={"batchSize": 8, "microBatchSize": 3}, gpu={"count": 9}))
     assert (said.returncode, said.stdout) == (EXIT_CODES["user"], "")
     assert "spec.ppo.microBatchSize: 3 does not divide" in said.stderr
     assert "spec.gpu.count: " in said.stderr

@@ -109,7 +109,7 @@ def test_validate_lists_the_stages(bench: "Bench", capsys: pytest.CaptureFixture
 
 
 def test_validate_prints_every_problem_as_json(bench: "Bench", capsys: pytest.CaptureFixture[str]) -> None:
-    file = bench.write(ppo={"batchSize": 8, "microBatchSize": 3}, gpu={"count": 2})
+    file = bench.write(ppo={"batchSize": 8, "microBatchSize": 3}, gpu={"count": 9})
     assert validate_file(file, as_json=True) == 2
     found = json.loads(capsys.readouterr().out)
     assert not found["valid"]

@@ -169,6 +169,16 @@ def test_the_pod_keeps_to_the_restricted_profile(stage: str, settings: OperatorS
     assert all("emptyDir" in volume for volume in found["volumes"])
 
 
+def test_several_gpus_are_for_the_stages_that_share_a_batch() -> None:
+    trained, given = resource(gpu={"count": 4}, reward={}), resource(gpu={"count": 4})
+    shared = {"sft": 4, "merge": 1, "reward": 4, "ppo": 4, "evaluate": 1}
+    for run, stages in ((trained, shared), (given, {"reward": 1, "ppo": 4})):
+        for stage, gpus in stages.items():
+            document = job(stage, run, CHART)
+            assert pod(document)["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == str(gpus), stage
+            assert StageConfig.model_validate_json(environment(document)[ENV_STAGE_CONFIG]).gpu.count == gpus, stage
+
+
 def test_a_gpu_is_asked_for_by_the_stages_that_train_alone() -> None:
     limits = {
         stage: pod(job(stage, resource(), CHART))["containers"][0]["resources"]["limits"]

@@ -44,6 +44,14 @@ def test_ppo_halves_its_micro_batches_and_then_the_rows_decoded_together() -> No
     ]
 
 
+def test_ppo_on_several_gpus_begins_with_the_share_of_each() -> None:
+    given = settings_of("ppo", ppo={"batchSize": 64, "microBatchSize": 8})  # 16 an optimiser step
+    steps = ladder("ppo", given, False, gpus=4)
+    assert [(step.size, step.before, step.after) for step in steps][:4] == [
+        ("microBatchSize", 4, 2), ("microBatchSize", 2, 1), ("rolloutBatchSize", 16, 8), ("rolloutBatchSize", 8, 4),
+    ]  # fmt: skip
+
+
 def test_the_defaults_of_ppo_and_evaluate_reach_one() -> None:
     assert sizes("ppo")[-1] == ("rolloutBatchSize", 1)
     of_one = [("microBatchSize", size) for size in (4, 2, 1)]

@@ -146,10 +146,14 @@ def test_an_update_is_that_of_an_independent_implementation(
     minis: list[list[int]] = []
     for role in ("policy", "critic"):
         recorded(trainer, role, gradients)
-    original = torch.randperm
-    monkeypatch.setattr(
-        torch, "randperm", lambda *a, **n: (order := original(*a, **n), minis.extend(order.view(-1, 3).tolist()))[0]
-    )
+    original = ppo_trainer.mini_batches
+
+    def drawn(*arguments: Any) -> Tensor:
+        found = original(*arguments)
+        minis.extend(found.tolist())
+        return found
+
+    monkeypatch.setattr(ppo_trainer, "mini_batches", drawn)
     metrics = trainer.step(responses.ids[:, :PROMPT], responses.mask[:, :PROMPT])
 
     mask = responses.response_mask.numpy()
