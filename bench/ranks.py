@@ -61,7 +61,9 @@ def main() -> None:
 def rank_main(rank: int, gpus: int, arguments: argparse.Namespace, results: Any) -> None:
     """One rank: some steps; the first one tells how long they took."""
     torch.cuda.set_device(rank)
-    ranks = Ranks.joined(rank, gpus, gpus=True) if gpus > 1 else Ranks()
+    ranks = Ranks(rank, gpus)
+    if gpus > 1:
+        ranks.join(gpus=True)
     keep_within(arguments.cap)
     roles = four_roles(big_model(arguments.model), arguments.layers, arguments.kept)
     settings = PPO(

@@ -85,13 +85,15 @@ def _outcome(options: argparse.Namespace, command: Sequence[str]) -> tuple[Stage
         if manifest is None:
             work.mkdir(parents=True, exist_ok=True)
             size = _rank_count(config, os.environ)
-            ranks = ALONE if rank is None else Ranks.joined(rank, size, config.gpu.count > 0)
+            ranks = ALONE if rank is None else Ranks(rank, size)
             stage = Stage(config, artifacts, work, ranks)
             stage.handle_signals()
             if rank is None and size > 1:
                 for each in config.inputs:  # once, for all ranks
                     stage.input(each)
                 return RankProcesses(config, size, config_from, work, command).outcome()
+            if rank is not None:
+                ranks.join(config.gpu.count > 0)
             if not ranks.first:
                 _program(config.program)(stage)
                 return StageResult(stage=name), EXIT_OK

@@ -25,9 +25,7 @@ from rlhf_api.stage import StageConfig, StageFailure, StageResult
 COMMAND: Final = (sys.executable, "-m", "rlhf_pipeline")
 FOLDER: Final = "ranks"  # in the working folder
 POLL_SECONDS: Final = 0.05
-# How long the others have, once one has ended: to say that they failed of the same, or to save a checkpoint.
-FAILED_SECONDS: Final = 1.0
-STOPPED_SECONDS: Final = 20.0
+GRACE_SECONDS: Final = 2.0  # that the others have, once one has failed or stopped, to say that they did of the same
 POLITE: Final = (signal.SIGTERM, signal.SIGINT)
 TOLD_BY_ALL: Final[tuple[FailureClass, ...]] = ("user", "gate", "outOfMemory")  # what one rank's end is no cause of
 PR_SET_PDEATHSIG: Final = 1
@@ -103,7 +101,7 @@ class RankProcesses:
             if None not in codes or (deadline is not None and time.monotonic() > deadline):
                 return codes
             if deadline is None and (codes[0] == EXIT_OK or any(codes)):
-                deadline = time.monotonic() + (STOPPED_SECONDS if self._stopped else FAILED_SECONDS)
+                deadline = time.monotonic() + GRACE_SECONDS
             time.sleep(POLL_SECONDS)
 
     def _hand_on(self) -> None:

@@ -24,15 +24,13 @@ class Ranks:
     rank: int = 0
     size: int = 1
 
-    @classmethod
-    def joined(cls, rank: int, size: int, gpus: bool) -> "Ranks":
-        """This process among the others, which all call this. Needs MASTER_ADDR and MASTER_PORT in the environment."""
+    def join(self, gpus: bool) -> None:
+        """Meet the others, before anything else here. Needs MASTER_ADDR and MASTER_PORT in the environment."""
         import torch.distributed as dist
 
         # Flags and figures go from host to host: they need not wait for what a GPU still has to do.
         backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=PATIENCE)
-        return cls(rank, size)
+        dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=PATIENCE)
 
     @property
     def first(self) -> bool:

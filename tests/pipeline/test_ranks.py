@@ -195,6 +195,25 @@ def test_ranks_align_the_policy_that_one_does(bench: Bench, alone: Path, ranks: 
 
 
 @pytest.mark.slow
+def test_a_function_scores_each_rank_its_rows(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vowels.py").write_text(
+        "def score(prompts, responses):\n    return [float(sum(r.count(v) for v in 'aeiou')) for r in responses]\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    card = tmp_path / "reward"
+    card.mkdir()
+    (card / "reward.json").write_text('{"function": "vowels:score", "mean": 0.0, "std": 1.0, "type": "function"}')
+    plain = bench.ppo(episodes=16)
+    inputs = plain.inputs | {"reward": bench.runs.put("reward-model", card)}
+    one, two = (
+        bench.run(elsewhere(plain.model_copy(update={"inputs": inputs}), digit), ranks, tmp_path / digit)
+        for digit, ranks in (("c", 1), ("d", 2))
+    )
+    assert_alike(one, two, POLICY)
+    assert steps_of(one)[0]["score_raw"] > 0
+
+
+@pytest.mark.slow
 def test_stopped_ranks_save_a_checkpoint_and_go_on_to_the_same_policy(bench: Bench, alone: Path) -> None:
     config, work = elsewhere(bench.ppo(), "a"), bench.runs.root / "stopped"
     process = bench.start(config, 2, work)
@@ -366,6 +385,17 @@ def test_a_stop_that_reaches_one_rank_stops_all_at_one_step(toy: Make) -> None:
     code, failure, errors = stage.end()
     assert code == EXIT_INTERRUPTED, errors
     assert "asked to stop" in failure
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.3, 1.5])
+def test_a_stop_before_the_ranks_have_met_is_a_stop(toy: Make, pause: float) -> None:
+    stage = toy("pass")
+    wait_until(lambda: len(children_of(stage.process.pid)) == 2, stage.process, stage.folder)
+    time.sleep(pause)  # somewhere in their start; nothing is waited for
+    stage.process.send_signal(signal.SIGTERM)
+    code, failure, errors = stage.end()
+    assert code == EXIT_INTERRUPTED, errors
+    assert failure.endswith("run again to continue")
 
 
 # ---- parts ----------------------------------------------------------------------------------------------------------
