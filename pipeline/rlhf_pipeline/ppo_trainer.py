@@ -179,8 +179,8 @@ class Trainer:
         batch = Batch(own, trunk, responses.response_ids, response_mask, logprobs, values, advantages, returns)
 
         # 4. Update policy and critic.
-        with self._memory_spent():
-            metrics = self._update(batch, first)
+        with self._memory_spent() as measured:
+            metrics = self._update(batch, first, whole=measured)
         clock.lap("train")
 
         # 5. Adapt the KL coefficient, and say how it went.
@@ -274,18 +274,23 @@ class Trainer:
             return torch.cat([self._response_values(trunk.rows(part)) for part in parts])
 
     def _logprobs(self, role: Role, trunk: Trunk, response_ids: Tensor) -> Tensor:
-        hidden = self._before_response(self.roles.hidden(role, trunk))
+        hidden = self._before_response(self.roles.hidden(role, trunk), response_ids.shape[1])
         return chunked_logprobs(hidden, response_ids, self.roles.logits, self.settings.temperature)
 
-    def _before_response(self, of_positions: Tensor) -> Tensor:
-        """What stands at the position before each response token, which is where the token is foretold."""
-        return of_positions[:, -self.settings.response_tokens - 1 : -1]
+    def _before_response(self, of_positions: Tensor, tokens: int | None = None) -> Tensor:
+        """What stands at the position before each response token, which is where the token is foretold.
 
-    def _response_values(self, trunk: Trunk) -> Tensor:
-        return self._before_response(self.roles.values(trunk))
+        tokens: of the response, at the end of the sequences; all that are sampled, if left out.
+        """
+        return of_positions[:, -(tokens or self.settings.response_tokens) - 1 : -1]
 
-    def _update(self, batch: Batch, first: bool) -> dict[str, float]:
+    def _response_values(self, trunk: Trunk, tokens: int | None = None) -> Tensor:
+        return self._before_response(self.roles.values(trunk), tokens)
+
+    def _update(self, batch: Batch, first: bool, *, whole: bool) -> dict[str, float]:
+        """The epochs over a batch. whole: at full length, not without what is padding in a whole micro-batch."""
         settings = self.settings
+        lengths = batch.mask.sum(-1).cpu()
         totals: dict[str, float] = {}
         minis = 0
         ratio_max = 0.0
@@ -297,14 +302,18 @@ class Trainer:
                 sums |= {"approx_kl": 0.0, "ratio_mean": 0.0}
                 tokens = batch.mask[rows].sum()
                 mine = rows[(rows >= batch.own.start) & (rows < batch.own.stop)]
-                for part in mine.split(settings.micro_batch_size):
-                    part = part.to(batch.mask.device)
-                    mask, old = batch.mask[part], batch.logprobs[part]
-                    trunk = batch.trunk.rows(part - batch.own.start)
-                    new = self._logprobs("policy", trunk, batch.response_ids[part])
+                # Responses of like length together: their sum is the same, and less of it is padding.
+                for part in mine[lengths[mine].argsort(descending=True, stable=True)].split(settings.micro_batch_size):
+                    longest = settings.response_tokens if whole else int(lengths[part].max())
+                    at = part.to(batch.mask.device), slice(longest)
+                    mask, old = batch.mask[at], batch.logprobs[at]
+                    trunk = batch.trunk.rows(at[0] - batch.own.start)
+                    if not whole:
+                        trunk = trunk.trimmed(settings.response_tokens - longest)
+                    new = self._logprobs("policy", trunk, batch.response_ids[at])
                     if first and epoch == 0 and minis == 0:
                         self._check_start((new - old) * mask, "log ratio of the first mini-batch")
-                    loss, clipped = policy_loss(new, old, batch.advantages[part], mask, settings.clip_range)
+                    loss, clipped = policy_loss(new, old, batch.advantages[at], mask, settings.clip_range)
                     (loss / tokens).backward()  # before another role is activated: see Roles.hidden
                     with torch.no_grad():
                         log_ratio = (new - old) * mask
@@ -314,9 +323,9 @@ class Trainer:
                         sums["approx_kl"] += float(((ratio - 1 - log_ratio) * mask).sum() / tokens)  # k3
                         sums["ratio_mean"] += float((ratio * mask).sum() / tokens)
                         ratio_max = max(ratio_max, float(ratio.max()))
-                    values = self._response_values(trunk)
+                    values = self._response_values(trunk, longest)
                     loss, clipped = value_loss(
-                        values, batch.values[part], batch.returns[part], mask, settings.value_clip_range
+                        values, batch.values[at], batch.returns[at], mask, settings.value_clip_range
                     )
                     (settings.value_coefficient * loss / tokens).backward()
                     sums["value_loss"] += float(loss.detach() / tokens)
@@ -345,16 +354,19 @@ class Trainer:
         return [parameter for role in TRAINED for parameter in self.roles.parameters(role)]
 
     @contextmanager
-    def _memory_spent(self) -> Iterator[None]:
-        """In a process's first update on a GPU: let the later ones keep what activations the memory holds."""
+    def _memory_spent(self) -> Iterator[bool]:
+        """In a process's first update on a GPU: let the later ones keep what activations the memory holds.
+
+        Gives whether it is that one, which must be as large as any may become.
+        """
         if self.roles.device.type == "cuda" and not self.spent:
             self.spent = True
             with self.roles.choosing_kept_layers(memory_limit(self.roles.device) - SPARE_BYTES):
-                yield
+                yield True
             # All go on together, so one that kept more than the others would have nothing from it.
             self.roles.kept_layers = int(self.ranks.least(self.roles.kept_layers))
         else:
-            yield
+            yield False
 
     def _check_start(self, difference: Tensor, what: str) -> None:
         """Before any update, policy and reference are the same function; if not, a role or a mask is wrong."""

@@ -41,6 +41,12 @@ class Trunk:
         """The same for some of the sequences."""
         return Trunk(self.ids[index], self.mask[index], None if self.hidden is None else self.hidden[index])
 
+    def trimmed(self, last: int) -> "Trunk":
+        """The same without the `last` columns, nor the first ones that are padding in every sequence."""
+        columns = slice(int(self.mask.any(0).int().argmax()), self.ids.shape[1] - last)
+        hidden = None if self.hidden is None else self.hidden[:, columns]
+        return Trunk(self.ids[:, columns], self.mask[:, columns], hidden)
+
 
 class Bypass(nn.Module):
     """Stands in for a decoder layer: hands its input on, or `inject` if given, and remembers it."""

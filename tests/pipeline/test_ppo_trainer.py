@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_api.errors import RLHFError
 from rlhf_api.run import PPO, Lora
 from rlhf_pipeline import ppo_trainer
-from rlhf_pipeline.ppo_trainer import Trainer
+from rlhf_pipeline.ppo_trainer import TRAINED, Batch, Trainer
 from rlhf_pipeline.roles import Role, Roles, Trunk
 from rlhf_pipeline.rollout import Responses
 
@@ -102,6 +102,35 @@ def test_micro_batches_add_up_to_the_same_update(tmp_path: Path) -> None:
         after.append(torch.cat([p.detach().flatten() for p in trainer.roles.parameters("policy")]))
     assert torch.allclose(after[0], after[1], atol=1e-4)
     assert torch.allclose(after[0], after[2], atol=1e-4)
+
+
+@pytest.mark.parametrize("layers", ["all", "top:1"])
+def test_an_update_leaves_padding_out_and_comes_to_the_same(layers: str, tmp_path: Path) -> None:
+    after, seen = [], []
+    for whole in (True, False):
+        trainer = trainer_of(tmp_path / str(whole), layers=layers, response_tokens=64, mini_batch_size=8, epochs=1)
+        update, hidden = trainer._update, trainer.roles.hidden
+        trained: list[Tensor] = []
+
+        def noted(role: Role, trunk: Trunk, hidden: Any = hidden, trained: list[Tensor] = trained) -> Tensor:
+            if torch.is_grad_enabled() and role == "policy":
+                trained.append(trunk.mask)
+            return cast(Tensor, hidden(role, trunk))
+
+        def updated(
+            batch: Batch, first: bool, forced: bool = whole, update: Any = update, **_: bool
+        ) -> dict[str, float]:
+            return cast(dict[str, float], update(batch, first, whole=forced))
+
+        trainer.roles.hidden, trainer._update = noted, updated  # type: ignore[method-assign, assignment]
+        trainer.step(*prompts())
+        seen.append(trained)
+        after.append(torch.cat([p.detach().flatten() for role in TRAINED for p in trainer.roles.parameters(role)]))
+    assert torch.allclose(*after, atol=1e-4)
+    assert {mask.shape[1] for mask in seen[0]} == {5 + 64}
+    assert len({mask.shape[1] for mask in seen[1]}) > 1, "all responses are alike: they show nothing"
+    assert all(mask.any(0).all() for mask in seen[1])
+    assert sum(mask.sum() for mask in seen[0]) == sum(mask.sum() for mask in seen[1])
 
 
 def test_a_trainer_put_back_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
