@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from bare_plane import BarePlane, bare_plane, install_crd
+from calm import undisturbed
 from kubectl import BIN, Kubectl, kubectl_of
 from release import BUCKET, Release, reviews
 from xdist.scheduler.loadscope import LoadScopeScheduling
@@ -19,8 +20,8 @@ SCRIPTS = ROOT / "hack" / "cluster"
 # A lane runs one of these files, or all the others: so there is one control plane without nodes, however many lanes.
 # The longest come first, so that at the end no lane is busy alone.
 ON_NODES = (
-    "test_disturbances", "test_bad_store", "test_run", "test_smollm2", "test_kueue", "test_commands_in_pods",
-    "test_network_policies", "test_nodes",
+    "test_disturbances", "test_lost_pods", "test_bad_store", "test_run", "test_smollm2", "test_kueue",
+    "test_commands_in_pods", "test_network_policies", "test_nodes",
 )  # fmt: skip
 SECOND = 2  # of the lanes by length: all the others
 
@@ -171,6 +172,12 @@ def release(
         release.kubectl("delete", "rlhfruns", "--all", "--wait=false", check=False)
         release.helm("uninstall", "rlhf", "--wait", check=False)
         cluster_kubectl("delete", "namespace", namespace, "--wait=false")
+
+
+@pytest.fixture(scope="session")
+def expected(release: Release) -> dict[str, str]:
+    """Kind -> content digest of a run that nothing disturbed: what the disturbed ones must come to."""
+    return undisturbed(release)
 
 
 @pytest.fixture(scope="session")

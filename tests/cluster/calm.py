@@ -1,0 +1,30 @@
+"""A run that nothing disturbs, and others that shall come to the same: how a test begins them."""
+
+from typing import Any
+
+from release import BUCKET, PREFIX, Release, tiny_spec
+
+CHAIN_SECONDS = 900.0
+LONGER: dict[str, Any] = {
+    "sft": {"steps": 60},
+    "reward": {"steps": 60},
+    "ppo": {"episodes": 128},
+}  # time to break things
+
+
+def undisturbed(release: Release) -> dict[str, str]:
+    """Kind -> content digest of a run that nothing disturbed."""
+    release.apply("calm", tiny_spec(**LONGER))
+    release.wait("calm", timeout=CHAIN_SECONDS)
+    return release.contents("calm")
+
+
+def elsewhere(prefix: str) -> Any:
+    """The same chain with a store prefix of its own, so that nothing is there to reuse."""
+    return tiny_spec(objectStore={"bucket": BUCKET, "prefix": f"{PREFIX}/{prefix}"}, **LONGER)
+
+
+def again(release: Release, name: str, *stages: str) -> None:
+    """Apply the run of `undisturbed` under a name of its own, with these stages and the evaluation to make again."""
+    release.forget("calm", *stages, "evaluate")
+    release.apply(name, tiny_spec(**LONGER))
