@@ -262,7 +262,7 @@ def test_of_two_operators_one_writes_and_the_other_follows_it(world: World) -> N
         first.kill()
         killed = time.monotonic()
         world.player.held.clear()
-        until(lambda: of_second.writes, LEASE_SECONDS + 10, second.last_lines)
+        until(lambda: of_second.writes, LEASE_SECONDS + SOON, second.last_lines)
         print(f"followed after {time.monotonic() - killed:.1f} s")
         until(world.succeeded, SOON, second.last_lines)
     assert world.attempts() == [(stage, "1") for stage in STAGES]
@@ -279,7 +279,7 @@ def test_a_leader_that_is_cut_off_writes_nothing_once_another_leads(world: World
         until(lambda: "rlhf_operator_leads 0.0" in second.metrics(), SOON, second.last_lines)
         of_first.hang()
         world.player.held.clear()
-        until(lambda: of_second.writes, LEASE_SECONDS + 10, second.last_lines)
+        until(lambda: of_second.writes, LEASE_SECONDS + SOON, second.last_lines)
         written = len(of_first.writes)
         of_first.answer()
         until(world.succeeded, SOON, second.last_lines)
