@@ -16,6 +16,9 @@ def write_result(path: Path, result: StageResult) -> None:
     has ended. Raises OSError if neither can be done.
     """
     data = result.to_bytes()
+    if path.exists() and not path.is_file():  # a device or pipe, which a file must not take the place of
+        path.write_bytes(data)
+        return
     temporary = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -266,3 +266,15 @@ def _labels(family: Metric) -> list[dict[str, str]]:
 
 def _figures(family: Metric) -> dict[str, float]:
     return {sample.labels["name"]: sample.value for sample in family.samples}
+
+
+def test_a_result_for_a_pipe_goes_through_it(tmp_path: Path) -> None:
+    pipe, result = tmp_path / "pipe", StageResult(stage="sft")
+    os.mkfifo(pipe)
+    end = os.open(pipe, os.O_RDWR)
+    try:
+        write_result(pipe, result)
+        assert os.read(end, 4096) == result.to_bytes()
+    finally:
+        os.close(end)
+    assert pipe.is_fifo()

@@ -382,15 +382,17 @@ def test_the_first_of_our_own_errors_in_a_chain_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("told", [None, "backend:native"])
-def test_a_stage_has_the_allocator_that_the_budget_counts_on_unless_told_otherwise(told: str | None) -> None:
+def test_a_stage_has_the_allocator_that_the_budget_counts_on_unless_told_otherwise(
+    told: str | None, tmp_path: Path
+) -> None:
     name = "PYTORCH_ALLOC_CONF"
     source = f"""
         import os
         from rlhf_pipeline.__main__ import main
-        main(["--config", "env:ABSENT", "--work", "none", "--result", os.devnull])
+        main(["--config", "env:ABSENT", "--work", "none", "--result", "result.json"])
         print(os.environ["{name}"])
     """
     environment = {key: value for key, value in os.environ.items() if key != name} | ({name: told} if told else {})
     command = [sys.executable, "-c", textwrap.dedent(source)]
-    said = subprocess.run(command, env=environment, text=True, capture_output=True, check=True).stdout
+    said = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, check=True).stdout
     assert said == f"{told or 'expandable_segments:True'}\n"
