@@ -19,7 +19,7 @@ test: $(INSTALLED)  ## All tests that need no cluster
 	$(BIN)/python -m pytest
 
 # Files of tests/cluster that run at a time, each with a release of its own: pods wait for one another, two cores do not.
-LANES ?= 4
+LANES ?= 3
 test-cluster: $(INSTALLED)  ## Tests on a real Kubernetes: CLUSTER=a kubeconfig, else that of cluster-up; TESTS="run nodes"
 	$(if $(CLUSTER),,hack/cluster/tools.sh && hack/cluster/up.sh)
 	$(BIN)/python -m pytest $(if $(TESTS),$(TESTS:%=tests/cluster/test_%.py),tests/cluster) --durations 25 -n $(LANES) --dist loadscope --no-loadscope-reorder \
