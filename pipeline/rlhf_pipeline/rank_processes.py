@@ -5,6 +5,7 @@ one fails, the others are ended, and what counts is what failed first, not what 
 """
 
 import ctypes
+import math
 import os
 import shutil
 import signal
@@ -25,7 +26,8 @@ from rlhf_api.stage import StageConfig, StageFailure, StageResult
 COMMAND: Final = (sys.executable, "-m", "rlhf_pipeline")
 FOLDER: Final = "ranks"  # in the working folder
 POLL_SECONDS: Final = 0.05
-GRACE_SECONDS: Final = 2.0  # that the others have, once one has failed or stopped, to say that they did of the same
+GRACE_SECONDS: Final = 2.0  # that the others have, once one has failed, to say that they did of the same
+STOP_SECONDS: Final = 300.0  # that they have once one has stopped as it was asked: the first still saves
 POLITE: Final = (signal.SIGTERM, signal.SIGINT)
 TOLD_BY_ALL: Final[tuple[FailureClass, ...]] = ("user", "gate", "outOfMemory")  # what one rank's end is no cause of
 PR_SET_PDEATHSIG: Final = 1
@@ -100,8 +102,10 @@ class RankProcesses:
             codes = [process.poll() for process in self._processes]
             if None not in codes or (deadline is not None and time.monotonic() > deadline):
                 return codes
-            if deadline is None and (codes[0] == EXIT_OK or any(codes)):
-                deadline = time.monotonic() + GRACE_SECONDS
+            if codes[0] == EXIT_OK or any(codes):
+                failed = any(code not in (None, EXIT_OK, EXIT_INTERRUPTED) for code in codes)
+                wait = GRACE_SECONDS if failed or codes[0] is not None else STOP_SECONDS
+                deadline = min(deadline or math.inf, time.monotonic() + wait)
             time.sleep(POLL_SECONDS)
 
     def _hand_on(self) -> None:
@@ -126,8 +130,11 @@ class RankProcesses:
         if failures and not dead:
             rank = min(failures, key=lambda rank: self._result(rank).stat().st_mtime_ns)
             failure = failures[rank]
-            if 0 in failures and failures[0].failure == failure.failure and failure.failure in TOLD_BY_ALL:
-                rank, failure = 0, failures[0]
+            stopped = codes[0] == codes[rank] == EXIT_INTERRUPTED
+            first = failures.get(0)
+            alike = first is not None and first.failure == failure.failure and failure.failure in TOLD_BY_ALL
+            if first is not None and (stopped or alike):
+                rank, failure = 0, first
             code = EXIT_INTERRUPTED if codes[rank] == EXIT_INTERRUPTED else EXIT_CODES[failure.failure]
             message = f"rank {rank}: {failure.message}" if rank else failure.message
         elif dead or not asked:

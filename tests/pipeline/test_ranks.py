@@ -252,12 +252,14 @@ def test_two_gpus_train_what_one_does(bench: Bench, program: str, monkeypatch: p
 # ---- how ranks end --------------------------------------------------------------------------------------------------
 
 LAUNCH = """
-import sys
+import os, sys
 folder = sys.argv.pop(1)
 sys.path.insert(0, folder)
 from rlhf_pipeline import __main__ as process
 process.PROGRAMS["sft"] = "toy:run"
-sys.exit(process.main(command=[sys.executable, "-c", open(folder + "/launch.py").read(), folder]))
+code = process.main(command=[sys.executable, "-c", open(folder + "/launch.py").read(), folder])
+sys.stdout.flush()
+os._exit(code)  # as the stage process does: gloo's threads abort a Python that is taken apart
 """
 LOCKSTEP = """
 import os, time
@@ -385,6 +387,12 @@ def test_a_stop_that_reaches_one_rank_stops_all_at_one_step(toy: Make) -> None:
     code, failure, errors = stage.end()
     assert code == EXIT_INTERRUPTED, errors
     assert "asked to stop" in failure
+
+
+def test_a_stop_waits_for_the_rank_that_saves(toy: Make) -> None:
+    third = "os.kill(os.getpid(), 15); stage.all_stopping(); stage.ranks.rank or time.sleep(4); raise Interrupted"
+    code, failure, errors = toy(third).end()
+    assert (code, failure) == (EXIT_INTERRUPTED, "infrastructure: asked to stop; run again to continue"), errors
 
 
 @pytest.mark.parametrize("pause", [0.0, 0.3, 1.5])
