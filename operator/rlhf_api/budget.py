@@ -176,7 +176,7 @@ def budget(shape: ModelShape, spec: RunSpec) -> Budget:
     if spec.data.sft is not None:
         held = spec.sft.micro_batch_size * spec.sft.sequence_length
         phases.append(Phase("sft", "train", needs.training(shape.layers, 1, 1, held), "sft.microBatchSize"))
-    if spec.reward.classifier is None and spec.reward.function is None:
+    if spec.reward.is_adapter:
         held = 2 * spec.reward.micro_batch_size * spec.reward.sequence_length
         phases.append(Phase("reward", "train", needs.training(needs.adapted, 1, 1, held), "reward.microBatchSize"))
     train = needs.training(needs.adapted, 3, 2, ppo.micro_batch_size * tokens)
@@ -274,8 +274,7 @@ class _Needs:
         self.width = shape.hidden * full
         self.working = shape.working_values * full
         self.logits = LOGIT_ROWS * shape.vocabulary * 4.0
-        layers = spec.lora.layers
-        self.adapted = shape.layers if layers == "all" else min(shape.layers, int(layers.removeprefix("top:")))
+        self.adapted = adapted_layers(shape, spec)
         self.adapter = adapter_weights(shape, spec)
 
     def common(self, adapter_layers: int) -> dict[str, float]:
@@ -304,6 +303,12 @@ class _Needs:
             "activations": FORWARD_SHARE * rows * prompt * self.working,
             "sampling": rows * self.shape.vocabulary * 4.0 * LOGIT_COPIES,
         }
+
+
+def adapted_layers(shape: ModelShape, spec: RunSpec) -> int:
+    """How many layers the adapters of PPO's roles sit on."""
+    layers = spec.lora.layers
+    return shape.layers if layers == "all" else min(shape.layers, int(layers.removeprefix("top:")))
 
 
 def adapter_weights(shape: ModelShape, spec: RunSpec) -> float:

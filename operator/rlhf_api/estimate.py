@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from rlhf_api.budget import DOUBLE_QUANT, FORWARD_SHARE, GIB, ModelShape, adapter_weights, budget
+from rlhf_api.budget import DOUBLE_QUANT, FORWARD_SHARE, GIB, ModelShape, adapted_layers, adapter_weights, budget
 from rlhf_api.cards import Card
 from rlhf_api.run import RunSpec
 
@@ -53,8 +53,7 @@ def estimate(shape: ModelShape, spec: RunSpec, card: Card, kept_layers: int | No
     ppo, times = spec.ppo, []
     tokens = ppo.prompt_tokens + ppo.response_tokens
     trunk = shape.layers - speed.adapted
-    trained_reward = spec.reward.classifier is None and spec.reward.function is None
-    roles = 4 if trained_reward else 3
+    roles = 4 if spec.reward.is_adapter else 3
     kept = _kept(shape, spec) if kept_layers is None else kept_layers
 
     if spec.data.sft is not None:
@@ -64,7 +63,7 @@ def estimate(shape: ModelShape, spec: RunSpec, card: Card, kept_layers: int | No
         step = sft.batch_size / sft.micro_batch_size * micro + shape.layers * OPTIMIZER
         times.append(PhaseTime("sft", "train", sft.steps * step))
 
-    if trained_reward:
+    if spec.reward.is_adapter:
         reward = spec.reward
         rows = 2 * reward.micro_batch_size
         micro = speed.layers(trunk, rows, reward.sequence_length, 1)
@@ -103,8 +102,7 @@ class Speed:
 
     def __init__(self, shape: ModelShape, spec: RunSpec, card: Card) -> None:
         self.shape, self.spec, self.card = shape, spec, card
-        layers = spec.lora.layers
-        self.adapted = shape.layers if layers == "all" else min(shape.layers, int(layers.removeprefix("top:")))
+        self.adapted = adapted_layers(shape, spec)
 
     def fused(self, rows: int) -> bool:
         """Whether so many rows are decoded by the fused kernels, which read 4-bit weights in place."""

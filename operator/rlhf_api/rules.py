@@ -71,7 +71,7 @@ def reward_is_trained(spec: RunSpec) -> bool:
     """Whether the reward is an adapter that this run trains, and not another run's, a classifier or a function."""
     if spec.fork_from is not None and spec.fork_from.stage in ("reward", "ppo"):
         return False
-    return spec.reward.classifier is None and spec.reward.function is None
+    return spec.reward.is_adapter
 
 
 # ---- numbers that must divide one another ---------------------------------------------------------------------------

@@ -229,6 +229,11 @@ class Reward(Section):
         None, description="module:callable taking (prompts, responses), two lists of texts; returns a list of numbers."
     )
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is an adapter on the base, and no classifier or function."""
+        return self.classifier is None and self.function is None
+
 
 class AdaptiveKL(Section):
     """A controller that moves klCoefficient towards a target KL."""

@@ -120,4 +120,4 @@ def _shortened(settings: StageSettings, section: str, field: str) -> Step | None
 def _counts(settings: StageSettings, section: str) -> bool:
     """Whether the section's sizes are read: a reward that is not trained has no batches."""
     reward = settings.reward
-    return section != "reward" or (reward is not None and reward.classifier is None and reward.function is None)
+    return section != "reward" or (reward is not None and reward.is_adapter)

@@ -3,7 +3,7 @@
 run.lock                     held by the process that drives the run
 run.json, store.json         what was asked, and where the artifacts are
 status.json                  the last status
-{stage}/work/                the stage's working folder, kept between attempts at one artifact
+{stage}/work                 the stage's working folder, kept between attempts at one artifact
 {stage}/{number}/            stage.json, attempt.json, result.json, stage.log, and process.lock, held by the process
 """
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rlhf_api.errors import RLHFError, TrainingError
+from rlhf_api.estimate import SPARE_BYTES
 from rlhf_api.run import PPO
 from rlhf_pipeline.losses import (
     chunked_logprobs,
@@ -39,7 +40,6 @@ from rlhf_pipeline.rollout import Responses, Sampling, rollout
 from rlhf_pipeline.scoring import AdapterScore, Score, micro_batches
 
 TRAINED: tuple[Role, ...] = ("policy", "critic")
-SPARE_BYTES = 2**30  # of the GPU's memory, which activations that are kept leave free
 SHARES = 840  # any number of ranks from 1 to 8 divides it
 ADAM_EPSILON = 1e-5  # N+, detail "Adam's epsilon"
 # How far the first update may be from "policy = reference, ratio = 1" by rounding alone, in nats, by activation type.
@@ -109,7 +109,7 @@ class Trainer:
     ) -> None:
         self.roles, self.settings, self.score, self.seed, self.ranks = roles, settings, score, seed, ranks
         ranks.copy_first(self._trained())
-        self.total = rollouts or math.ceil(settings.episodes / settings.batch_size)
+        self.total = rollouts or settings.rollouts
         self.mini = settings.effective_mini_batch_size
         self.sampling = Sampling(settings.response_tokens, eos, pad, settings.temperature)
         self.running = Running(kl_coefficient=settings.kl_coefficient)
