@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from release import BUCKET, PREFIX, Release, tiny_spec
+from release import Release, tiny_spec
 
 CHAIN_SECONDS = 900.0
 LONGER: dict[str, Any] = {
@@ -17,11 +17,6 @@ def undisturbed(release: Release) -> dict[str, str]:
     release.apply("calm", tiny_spec(**LONGER))
     release.wait("calm", timeout=CHAIN_SECONDS)
     return release.contents("calm")
-
-
-def elsewhere(prefix: str) -> Any:
-    """The same chain with a store prefix of its own, so that nothing is there to reuse."""
-    return tiny_spec(objectStore={"bucket": BUCKET, "prefix": f"{PREFIX}/{prefix}"}, **LONGER)
 
 
 def again(release: Release, name: str, *stages: str) -> None:

@@ -347,6 +347,11 @@ def tiny_spec(**sections: Any) -> Document:
     return document
 
 
+def fresh_spec(prefix: str, **sections: Any) -> Document:
+    """The tiny chain with a store prefix of its own: nothing is there to reuse, whatever else the release has run."""
+    return tiny_spec(objectStore={"bucket": BUCKET, "prefix": f"{PREFIX}/{prefix}"}, **sections)
+
+
 def reviews() -> str:
     """200 short labelled texts, as CSV."""
     good = ("warm", "funny", "moving", "sharp", "tender")

@@ -4,9 +4,9 @@ import random
 import time
 
 import pytest
-from calm import CHAIN_SECONDS, again, elsewhere
+from calm import CHAIN_SECONDS, LONGER, again
 from kubectl import SOON
-from release import STAGES, Release
+from release import STAGES, Release, fresh_spec
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -17,7 +17,7 @@ MAIN_STAGES = ("import-model", "sft", "merge", "reward", "ppo", "evaluate")
 def test_the_operator_may_die_at_any_moment(release: Release, expected: dict[str, str]) -> None:
     seed = random.randrange(10**6)
     moments = random.Random(seed)
-    release.apply("killed", elsewhere("killed"))
+    release.apply("killed", fresh_spec("killed", **LONGER))
     kills = 0
 
     def ended() -> bool:
@@ -50,7 +50,7 @@ def test_the_api_server_may_be_killed_while_stages_run(release: Release, expecte
 
 
 def test_suspended_and_deleted_in_every_stage(release: Release, expected: dict[str, str]) -> None:
-    spec = elsewhere("paused")
+    spec = fresh_spec("paused", **LONGER)
 
     def phase() -> str:
         return str(release.status("paused").get("phase"))

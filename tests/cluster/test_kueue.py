@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from kubectl import SOON
-from release import BUCKET, PREFIX, STAGES, Release, tiny_spec
+from release import STAGES, Release, fresh_spec
 
 from rlhf_api.names import LABEL_QUEUE
 
@@ -48,9 +48,7 @@ def test_a_queue_holds_a_run_up_and_takes_its_place_away_and_nothing_is_tried_tw
     release: Release, stop: Stop
 ) -> None:
     stop("Hold")
-    # A store prefix of its own: nothing is there to reuse, whatever else the release has run.
-    spec = tiny_spec(objectStore={"bucket": BUCKET, "prefix": f"{PREFIX}/queued"}, ppo={"episodes": 128})
-    release.apply("queued", spec, **{LABEL_QUEUE: "rlhf"})
+    release.apply("queued", fresh_spec("queued", ppo={"episodes": 128}), **{LABEL_QUEUE: "rlhf"})
     release.until(lambda: queued(release), SOON, lambda: release.words("queued"))
     assert release.jobs("queued"), "there is no Job that could wait"
     assert not release.pods("queued")

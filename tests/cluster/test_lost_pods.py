@@ -4,9 +4,9 @@ import json
 import time
 
 import pytest
-from calm import CHAIN_SECONDS, LONGER, again, elsewhere
+from calm import CHAIN_SECONDS, LONGER, again
 from kubectl import SOON
-from release import Release, tiny_spec
+from release import Release, fresh_spec, tiny_spec
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -14,7 +14,7 @@ TRAINED = ("sft", "reward", "ppo")
 
 
 def test_pods_and_the_store_may_go_away(release: Release, expected: dict[str, str]) -> None:
-    release.apply("lost", elsewhere("lost"))
+    release.apply("lost", fresh_spec("lost", **LONGER))
     # The store goes while the first stage runs, and comes back.
     release.running_pod("lost", "import-model")
     release.kubectl("scale", f"statefulset/{release.store_name}", "--replicas=0")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from kubectl import SOON
-from release import BUCKET, GPU_NODE, PREFIX, STAGES, STORE_SECRET, Release, tiny_spec
+from release import BUCKET, GPU_NODE, PREFIX, STAGES, STORE_SECRET, Release, fresh_spec, tiny_spec
 
 pytestmark = pytest.mark.timeout(1500)
 
@@ -52,7 +52,7 @@ OTHER_BUCKET = "other/runs/prize"
 @pytest.fixture(scope="module")
 def first(release: Release) -> tuple[str, dict[str, Any]]:
     """Name and final status of a run that nothing disturbed."""
-    release.apply("first", tiny_spec())
+    release.apply("first", fresh_spec("first"))
     return "first", release.wait("first", timeout=CHAIN_SECONDS)
 
 
@@ -111,7 +111,7 @@ def test_no_secret_is_in_args_logs_or_status(release: Release, first: Any) -> No
 
 
 def test_a_second_run_reuses_what_it_shares_with_the_first(release: Release, first: Any) -> None:
-    release.apply("second", tiny_spec(evaluate={"samples": 4}))
+    release.apply("second", fresh_spec("first", evaluate={"samples": 4}))
     release.wait("second", timeout=CHAIN_SECONDS)
     assert release.jobs("second") == {"evaluate": [1]}
     assert release.states("second") == dict.fromkeys(STAGES, "Reused") | {"evaluate": "Succeeded"}
@@ -119,7 +119,7 @@ def test_a_second_run_reuses_what_it_shares_with_the_first(release: Release, fir
 
 def test_a_run_waits_for_a_node_and_says_so(release: Release, first: Any) -> None:
     label = f"{release.namespace}.example.com/pool"
-    spec = tiny_spec(evaluate={"samples": 5}, placement={"nodeSelector": {label: "a"}})
+    spec = fresh_spec("first", evaluate={"samples": 5}, placement={"nodeSelector": {label: "a"}})
     release.apply("waiting", spec)
 
     def unschedulable() -> bool:
@@ -146,7 +146,7 @@ def test_a_stage_that_asks_for_a_gpu_gets_a_node_with_one_and_says_that_cuda_is_
     imports = {"spec": {"nodeSelector": GPU_NODE}}
     templates = {stage: imports for stage in STAGES if stage.startswith("import")}
     placement = {"nodeSelector": {}, "stagePodTemplates": templates}
-    release.apply("on-gpu", tiny_spec(sft={"steps": 3}, gpu={"count": 1}, placement=placement))
+    release.apply("on-gpu", fresh_spec("first", sft={"steps": 3}, gpu={"count": 1}, placement=placement))
     release.wait("on-gpu", "Failed", timeout=CHAIN_SECONDS)
     [pod] = release.pods("on-gpu", "sft")
     assert "nodeSelector" not in pod["spec"]
@@ -171,7 +171,7 @@ def test_a_runs_own_wrong_credentials_are_said_before_a_gpu_is_asked_for(release
 
 def test_a_stage_over_its_memory_limit_goes_down_its_ladder(release: Release, first: Any) -> None:
     limited = {"spec": {"containers": [{"name": "stage", "resources": {"limits": {"memory": "80Mi"}}}]}}
-    release.apply("tight", tiny_spec(evaluate={"samples": 3}, placement={"podTemplate": limited}))
+    release.apply("tight", fresh_spec("first", evaluate={"samples": 3}, placement={"podTemplate": limited}))
     release.wait("tight", "Failed", timeout=CHAIN_SECONDS)
     assert release.stages("tight")["evaluate"]["failure"] == "outOfMemory"
     failed = release.condition("tight", "Failed")
@@ -184,7 +184,7 @@ def test_a_stage_over_its_memory_limit_goes_down_its_ladder(release: Release, fi
 
 
 def test_a_stage_has_no_way_into_the_api_server(release: Release, first: Any) -> None:
-    release.apply("curious", tiny_spec(ppo={"klCoefficient": 0.15}))
+    release.apply("curious", fresh_spec("first", ppo={"klCoefficient": 0.15}))
     pod = release.running_pod("curious", "ppo")
     script = (
         "import os, ssl, urllib.request, urllib.error\n"
@@ -218,7 +218,7 @@ def everything(place: str) -> set[str]:
 
 
 def test_a_stages_keys_open_the_prefix_of_its_release_and_nothing_else(release: Release, first: Any) -> None:
-    release.apply("prying", tiny_spec(ppo={"klCoefficient": 0.16}))
+    release.apply("prying", fresh_spec("first", ppo={"klCoefficient": 0.16}))
     pod = release.running_pod("prying", "ppo")
     found = pried_open(release, pod)
     release.kubectl("delete", "rlhfrun", "prying")
