@@ -35,6 +35,7 @@ STAGE_TEMPLATE_PATH: Final = "spec.placement.stagePodTemplates"
 MEMORY_VOLUME: Final = "shared-memory"
 FOLDERS: Final = {"work": STAGE_WORK, "tmp": "/tmp"}
 NO_GPU: Final = {"NVIDIA_VISIBLE_DEVICES": "void"}  # else NVIDIA's runtime shows every GPU of the node
+THREADS: Final = "OMP_NUM_THREADS"
 GPU_TOLERATION: Final = {"key": GPU_RESOURCE, "operator": "Exists", "effect": "NoSchedule"}
 
 
@@ -99,7 +100,19 @@ def _template(run: RLHFRun, link: Link, number: int, settings: OperatorSettings,
     template["metadata"]["labels"] = template["metadata"].get("labels", {}) | labels
     template["spec"]["restartPolicy"] = "Never"
     containers[0]["terminationMessagePath"] = TERMINATION_LOG
+    _limit_threads(containers[0])
     return template
+
+
+def _limit_threads(container: Document) -> None:
+    """As many threads as CPUs that the container may use: libraries count the node's, and their threads would wait."""
+    variables = container.get("env", [])
+    limits = container.get("resources", {}).get("limits")
+    if not isinstance(limits, dict) or "cpu" not in limits or THREADS in {each["name"] for each in variables}:
+        return
+    # The kubelet fills it in, rounded up.
+    limit = {"name": THREADS, "valueFrom": {"resourceFieldRef": {"resource": "limits.cpu"}}}
+    container["env"] = [*variables, limit]
 
 
 def _pod(run: RLHFRun, link: Link, number: int, settings: OperatorSettings) -> Document:

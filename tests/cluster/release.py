@@ -82,6 +82,8 @@ class Release:
             sets += [f"{key}.repository={repository}", f"{key}.tag={tag}", f"{key}.pullPolicy={pull}"]
         sets += ["crds.install=false", "minio.persistence.size=4Gi", "stage.ephemeralStorage=1Gi"]
         sets += ["stage.resources.limits.memory=4Gi", "stage.terminationGracePeriodSeconds=30"]
+        # One thread a stage: where several share two cores, more of them wait for one another as they spin.
+        sets += ["stage.resources.limits.cpu=1", "stage.resources.requests.cpu=10m"]
         arguments = [f"--set-string={each}" if ".tag=" in each else f"--set={each}" for each in (*sets, *values)]
         self.helm("upgrade", "--install", RELEASE, CHART, "--wait", f"--timeout={timeout}", *arguments)
 

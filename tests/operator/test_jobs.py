@@ -4,6 +4,7 @@
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,19 @@ def test_the_pod_keeps_to_the_restricted_profile(stage: str, settings: OperatorS
         assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
         assert container["securityContext"]["readOnlyRootFilesystem"] is True
     assert all("emptyDir" in volume for volume in found["volumes"])
+
+
+def test_a_stage_has_as_many_threads_as_cpus_that_it_may_use() -> None:
+    """What torch counts are the CPUs of the node."""
+
+    def threads(settings: OperatorSettings, *variables: Any) -> Any:
+        placement = {"podTemplate": {"spec": {"containers": [{"name": "stage", "env": list(variables)}]}}}
+        return environment(job("ppo", resource(placement=placement), settings)).get("OMP_NUM_THREADS")
+
+    limited = replace(PLAIN, resources={"limits": {"cpu": "1500m"}})
+    assert threads(PLAIN) is None
+    assert threads(limited) == {"resourceFieldRef": {"resource": "limits.cpu"}}
+    assert threads(limited, {"name": "OMP_NUM_THREADS", "value": "7"}) == "7"
 
 
 def test_several_gpus_are_for_the_stages_that_share_a_batch() -> None:
