@@ -58,7 +58,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--load",
         nargs=2,
         type=int,
-        default=(100, 20),
+        default=(50, 10),
         metavar=("RUNS", "MORE"),
         help="runs at once, and further ones in the middle of which the operator is killed",
     )

@@ -37,6 +37,14 @@ STAGES = (
     "import-model", "import-sft", "import-preferences", "import-prompts", "import-evaluation",
     "sft", "merge", "reward", "ppo", "evaluate",
 )  # fmt: skip
+# In a stage's pod: returns once its program has made a step, and fails after a while without.
+UNTIL_A_STEP = f"""
+for _ in $(seq 200); do
+    grep -q '"step": *[1-9]' {STAGE_WORK}/{PROGRESS_FILE} && exit
+    sleep 0.1
+done
+exit 1
+"""
 
 Document = dict[str, Any]
 Kubectl = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -145,12 +153,13 @@ class Release:
         pod = self.running_pod(name, stage, timeout)
 
         def stepped() -> bool:
-            said = self.kubectl("exec", pod, "--", "cat", f"{STAGE_WORK}/{PROGRESS_FILE}", check=False)
+            # Asked once and answered at once: to ask again and again takes a core.
+            said = self.kubectl("exec", pod, "--", "sh", "-c", UNTIL_A_STEP, check=False)
             state = self.stages(name)[stage]["state"]
             assert state in ("Running", "Pending", "Waiting"), f"{stage} ended before a step was seen: {state}"
-            return said.returncode == 0 and int(json.loads(said.stdout)["step"]) > 0
+            return said.returncode == 0
 
-        self.until(stepped, timeout, lambda: f"{stage} made no step\n{self.words(name)}", every=0.2)
+        self.until(stepped, timeout, lambda: f"{stage} made no step\n{self.words(name)}")
         return pod
 
     def wait(self, name: str, condition: str = "Succeeded", timeout: float = 600) -> Document:

@@ -145,14 +145,14 @@ def test_wrong_credentials_are_said_and_put_right(outside: Outside, expected: di
 def test_a_busy_store_starts_nothing_in_vain(outside: Outside, expected: dict[str, str]) -> None:
     outside.link.refuse()
     until = time.monotonic() + BURST_SECONDS
-    again(outside, "burst", "ppo")
+    again(outside, "burst")
     outside.until_store_fails("burst", "503")
     time.sleep(max(0.0, until - time.monotonic()))
     assert outside.jobs("burst") == {}
     outside.link.mend()
     outside.wait("burst", timeout=CHAIN_SECONDS)
     assert outside.condition("burst", "StoreReady")["status"] == "True"
-    assert outside.jobs("burst") == {"ppo": [1], "evaluate": [1]}
+    assert outside.jobs("burst") == {"evaluate": [1]}
     assert outside.contents("burst") == expected
 
 
@@ -181,9 +181,9 @@ def test_an_upload_in_the_middle_of_which_the_store_stops_is_made_again(
 
 def test_a_slow_link_changes_nothing(outside: Outside, expected: dict[str, str]) -> None:
     outside.link.slow(RATE)
-    again(outside, "slow", "merge", "ppo")
+    again(outside, "slow", "merge")
     outside.wait("slow", timeout=CHAIN_SECONDS)
-    assert outside.jobs("slow") == {"merge": [1], "ppo": [1], "evaluate": [1]}
+    assert outside.jobs("slow") == {"merge": [1], "evaluate": [1]}
     assert outside.contents("slow") == expected
 
 

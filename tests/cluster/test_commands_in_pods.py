@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import yaml
+from calm import LONGER
 from kubectl import SOON
 from release import Release, tiny_spec
 from shell import BIN, Done, Shell, ended
@@ -32,8 +33,10 @@ def shell(release: Release, tmp_path_factory: pytest.TempPathFactory) -> Shell:
     config = yaml.safe_load(release.kubeconfig.read_text())
     config["contexts"][0]["context"]["namespace"] = release.namespace
     (folder / "kubeconfig").write_text(yaml.safe_dump(config))
+    # What comes before ppo may be there already.
+    spec = tiny_spec(**LONGER | {"ppo": LONGER["ppo"] | {"klCoefficient": 0.17}})
     document = {"apiVersion": "rlhf.dev/v1alpha1", "kind": "RLHFRun", "metadata": {"name": NAME}}
-    (folder / "run.yaml").write_text(yaml.safe_dump({**document, "spec": tiny_spec(seed=31)}))
+    (folder / "run.yaml").write_text(yaml.safe_dump({**document, "spec": spec}))
     return Shell(folder, folder / "kubeconfig")
 
 
