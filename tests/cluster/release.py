@@ -280,13 +280,18 @@ class Release:
         return str(found["metadata"]["name"])
 
     def contents(self, name: str) -> dict[str, str]:
-        """Kind -> content digest of each artifact that a run's status names."""
+        """Stage -> content digest of its artifact, of the stages that a run's status names one of."""
         prefix = self.objects.get(PLURAL, name)["spec"].get("objectStore", {}).get("prefix") or PREFIX
         with self.store_environment() as endpoint:
             artifacts = open_artifacts(StoreConfig(url=f"s3://{BUCKET}/{prefix}", endpoint=endpoint))
-            found = [artifacts.find(ArtifactRef.parse(stage["artifact"])) for stage in self.stages(name).values()]
-        assert len(found) == len(STAGES)
-        return {manifest.kind: manifest.content for manifest in found if manifest}
+            found = {
+                stage: artifacts.find(ArtifactRef.parse(status["artifact"]))
+                for stage, status in self.stages(name).items()
+                if "artifact" in status
+            }
+        assert "evaluate" in found
+        assert None not in found.values(), found
+        return {stage: manifest.content for stage, manifest in found.items() if manifest}
 
     @contextmanager
     def store_environment(self) -> Iterator[str]:
@@ -361,6 +366,12 @@ def tiny_spec(**sections: Any) -> Document:
 def fresh_spec(prefix: str, **sections: Any) -> Document:
     """The tiny chain with a store prefix of its own: nothing is there to reuse, whatever else the release has run."""
     return tiny_spec(objectStore={"bucket": BUCKET, "prefix": f"{PREFIX}/{prefix}"}, **sections)
+
+
+def given_reward(spec: Document) -> Document:
+    """The same chain with a function for a reward: a stage that trains, and its table, less."""
+    data = {name: table for name, table in spec["data"].items() if name != "preferences"}
+    return spec | {"data": data, "reward": {"function": "rlhf_pipeline.scorers:vader"}}
 
 
 def reviews() -> str:

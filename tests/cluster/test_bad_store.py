@@ -19,7 +19,7 @@ from faulty_link import FaultyLink
 from kubectl import SOON
 from minio import Minio
 from minio_server import PASSWORD, USER, MinioServer, SmallDisk
-from release import BUCKET, STORE_SECRET, Kubectl, Release, reviews, tiny_spec
+from release import BUCKET, STORE_SECRET, Kubectl, Release, given_reward, reviews, tiny_spec
 
 from rlhf_api.names import ENV_ACCESS_KEY, ENV_SECRET_KEY
 
@@ -112,7 +112,7 @@ def outside(
 @pytest.fixture(scope="module")
 def expected(outside: Outside) -> dict[str, str]:
     """Kind -> content digest of a run that nothing disturbed."""
-    outside.apply("calm", tiny_spec())
+    outside.apply("calm", given_reward(tiny_spec()))
     outside.wait("calm", timeout=CHAIN_SECONDS)
     return outside.contents("calm")
 
@@ -127,13 +127,13 @@ def mended(outside: Outside) -> Iterator[None]:
 def again(outside: Outside, name: str, *stages: str) -> None:
     """Apply the run of `expected` under a name of its own, with these stages and the evaluation to make again."""
     outside.forget("calm", *stages, "evaluate")
-    outside.apply(name, tiny_spec())
+    outside.apply(name, given_reward(tiny_spec()))
 
 
 def test_wrong_credentials_are_said_and_put_right(outside: Outside, expected: dict[str, str]) -> None:
     outside.use_secret_key("wrong-wrong-wrong")
     try:
-        outside.apply("denied", tiny_spec(evaluate={"samples": 4}))
+        outside.apply("denied", given_reward(tiny_spec(evaluate={"samples": 4})))
         outside.until_store_fails("denied", "refused the credentials")
     finally:
         outside.use_secret_key(PASSWORD)
