@@ -10,8 +10,16 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from rlhf_api.run import Lora
@@ -105,6 +113,30 @@ def big_model(name: str, quantization: str = "nf4", layers: int | None = None) -
     model.tie_weights()
     model.config.use_cache = False
     return model.requires_grad_(False).eval()
+
+
+def big_classifier(name: str, quantization: str = "nf4") -> Any:
+    """The same body with one output instead of a vocabulary, as a sequence classifier."""
+    body = big_model(name, quantization)
+    config = body.config
+    config.num_labels = 1
+    asked = config.__dict__.pop("quantization_config", None)
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16)
+    if asked is not None:
+        config.quantization_config = asked
+        model.is_loaded_in_4bit, model.is_loaded_in_8bit = body.is_loaded_in_4bit, body.is_loaded_in_8bit
+        model.is_quantized = True
+    setattr(model, model.base_model_prefix, body.base_model)
+    model.score = nn.Linear(config.hidden_size, 1, bias=False, device=body.device, dtype=torch.bfloat16)
+    return model.requires_grad_(False).eval()
+
+
+def plain_tokenizer() -> Any:
+    """A tokenizer that only has to know its special tokens."""
+    words = {"<eos>": 0, "<pad>": 1, "<unk>": 2}
+    made = Tokenizer(WordLevel(words, "<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", pad_token="<pad>")
 
 
 def four_roles(model: Any, layers: str, kept_layers: int) -> Roles:

@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 import torch
-from big_model import GIB, big_model, four_roles, keep_within
+from big_model import GIB, big_classifier, big_model, four_roles, keep_within, plain_tokenizer
 
 from rlhf_api.run import PPO
 from rlhf_pipeline.ppo_trainer import Trainer
@@ -108,7 +108,7 @@ def trl(
 ) -> float | None:
     """Measure TRL's trainer; returns its episodes a second, None where it runs out of memory."""
     from peft import LoraConfig, get_peft_model
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from transformers import TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     prompts, prompt, response = map(int, size.split(":"))
@@ -135,7 +135,7 @@ def trl(
             save_strategy="no", gradient_checkpointing=True, disable_tqdm=True,
         )  # fmt: skip
         trainer = PPOTrainer(
-            settings, tokenizer_of(PreTrainedTokenizerFast), policy, None, scorer(arguments, peer, trained=False),
+            settings, plain_tokenizer(), policy, None, scorer(arguments, peer, trained=False),
             [{"input_ids": row} for row in rows], scorer(arguments, peer, trained=True), callbacks=[Clock()],
         )  # fmt: skip
         torch.cuda.reset_peak_memory_stats()
@@ -157,36 +157,15 @@ def trl(
 def scorer(arguments: argparse.Namespace, peer: str, *, trained: bool) -> Any:
     """A sequence classifier with one output for TRL: of 160M weights in bfloat16, or the 20B base with an adapter."""
     from peft import LoraConfig, inject_adapter_in_model
-    from transformers import AutoModelForSequenceClassification
 
-    body = big_model(arguments.model if peer == "20b" else "pythia-160m", "nf4" if peer == "20b" else "none")
-    with torch.device("meta"):
-        config = body.config
-        config.num_labels = 1
-        quantization = config.__dict__.pop("quantization_config", None)
-        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16)
-        if quantization is not None:
-            config.quantization_config = quantization
-    model.gpt_neox = body.gpt_neox
-    model.score = torch.nn.Linear(config.hidden_size, 1, bias=False, device="cuda", dtype=torch.bfloat16)
-    if peer == "20b":
-        adapter = LoraConfig(r=16, lora_alpha=32, target_modules=["query_key_value", "dense"])
-        inject_adapter_in_model(adapter, model)
-        model.is_loaded_in_4bit = model.is_quantized = True
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trained and ("lora_" in name or name.startswith("score")))
-    else:
-        model.requires_grad_(trained)
+    if peer != "20b":
+        return big_classifier("pythia-160m", "none").requires_grad_(trained)
+    model = big_classifier(arguments.model)
+    adapter = LoraConfig(r=16, lora_alpha=32, target_modules=["query_key_value", "dense"])
+    inject_adapter_in_model(adapter, model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained and ("lora_" in name or name.startswith("score")))
     return model
-
-
-def tokenizer_of(kind: Any) -> Any:
-    """A tokenizer that only has to know its special tokens."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-
-    words = {"<eos>": 0, "<pad>": 1, "<unk>": 2}
-    return kind(tokenizer_object=Tokenizer(WordLevel(words, "<unk>")), eos_token="<eos>", pad_token="<pad>")
 
 
 if __name__ == "__main__":

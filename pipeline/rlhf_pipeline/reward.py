@@ -90,7 +90,7 @@ def _trained(stage: Stage, reward: Reward) -> dict[str, float]:
     device = device_of(stage.config.gpu, stage.ranks.rank)
     base = load_base(folder, quantization, device, classifier=True)
     torch.manual_seed(settings.seed)  # the adapter's first weights
-    trainer = _trainer(stage, reward, with_reward_adapter(base, lora), tokenizer, pairs)
+    trainer = trainer_of(stage, reward, with_reward_adapter(base, lora), tokenizer, pairs)
     float32_adapters(trainer.model)
     keep_trunk_frozen(trainer.model)
 
@@ -182,7 +182,7 @@ def _pairs(tokenizer: Any, path: Path, rows: Sequence[int] | slice, length: int)
     return list(zip(*both, strict=True))
 
 
-def _trainer(stage: Stage, reward: Reward, model: Any, tokenizer: Any, pairs: list[Pair]) -> Any:
+def trainer_of(stage: Stage, reward: Reward, model: Any, tokenizer: Any, pairs: list[Pair]) -> Any:
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 

@@ -49,7 +49,7 @@ def run(stage: Stage) -> dict[str, float]:
 
     # 2. the base, and an adapter on all of its layers
     model = load_base(folder, quantization, device_of(stage.config.gpu, stage.ranks.rank))
-    trainer = _trainer(stage, sft, lora, model, tokenizer, rows)
+    trainer = trainer_of(stage, sft, lora, model, tokenizer, rows)
 
     # 3. train, between two looks at held-out texts
     stage.progress.update(phase="held-out loss")
@@ -87,7 +87,7 @@ def run(stage: Stage) -> dict[str, float]:
     return metrics
 
 
-def _trainer(stage: Stage, sft: SFT, lora: Lora, model: Any, tokenizer: Any, rows: list[list[int]]) -> Any:
+def trainer_of(stage: Stage, sft: SFT, lora: Lora, model: Any, tokenizer: Any, rows: list[list[int]]) -> Any:
     from datasets import Dataset
     from peft import get_peft_model
     from transformers import Trainer

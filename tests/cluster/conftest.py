@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from bare_plane import BarePlane, bare_plane, install_crd
-from calm import undisturbed
+from calm import CALM, undisturbed
 from kubectl import BIN, Kubectl, kubectl_of
 from release import BUCKET, Release, reviews
 from xdist.scheduler.loadscope import LoadScopeScheduling
@@ -175,9 +175,15 @@ def release(
 
 
 @pytest.fixture(scope="session")
-def expected(release: Release) -> dict[str, str]:
-    """Kind -> content digest of a run that nothing disturbed: what the disturbed ones must come to."""
+def calm(release: Release) -> dict[str, Any]:
+    """The final status of `calm.CALM`, a run that nothing disturbed. Its Jobs and pods stay."""
     return undisturbed(release)
+
+
+@pytest.fixture(scope="session")
+def expected(release: Release, calm: dict[str, Any]) -> dict[str, str]:
+    """Stage -> content digest of that run: what the disturbed ones must come to."""
+    return release.contents(CALM)
 
 
 @pytest.fixture(scope="session")

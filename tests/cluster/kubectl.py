@@ -1,4 +1,4 @@
-"""kubectl, for tests that do not depend on the moments in which an API server is about to come back."""
+"""kubectl, for tests that do not depend on the moments in which an API server or a node is about to come back."""
 
 import os
 import subprocess
@@ -14,13 +14,14 @@ BIN = Path(__file__).parents[2] / ".cache" / "cluster" / "bin"
 # What it says in such a moment.
 AWAY = (
     "was refused",
+    "connection refused",  # by the kubelet of a node that a test has stopped
     "TLS handshake timeout",
     "unexpected EOF",
     "connection reset",
     "etcdserver: leader changed",
     'User "kubernetes-admin" cannot',  # one that is just back has read no roles yet
 )
-AWAY_SECONDS = 60
+AWAY_SECONDS = 180
 SOON = 300.0  # seconds for what takes a few: other work may share the machine
 
 Kubectl = Callable[..., "subprocess.CompletedProcess[str]"]

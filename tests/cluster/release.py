@@ -177,7 +177,7 @@ class Release:
         return self.status(name)
 
     def until(
-        self, check: Callable[[], Any], timeout: float, words: Callable[[], str] = lambda: "", every: float = 0.5
+        self, check: Callable[[], Any], timeout: float, words: Callable[[], str] = lambda: "", every: float = 1.0
     ) -> Any:
         """What `check` gives as soon as that is true. Fails with `words` after `timeout` seconds."""
         deadline = time.monotonic() + timeout
@@ -256,16 +256,24 @@ class Release:
             local = free.getsockname()[1]
         program = shutil.which("kubectl", path=f"{BIN}:{os.environ['PATH']}")
         assert program
-        process = subprocess.Popen(
-            [program, "--kubeconfig", self.kubeconfig, "-n", self.namespace, "port-forward", target, f"{local}:{port}"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        try:
+        command = [
+            program, "--kubeconfig", self.kubeconfig, "-n", self.namespace, "port-forward", target, f"{local}:{port}",
+        ]  # fmt: skip
+        said = [""]
+
+        def begun() -> "subprocess.Popen[str] | None":
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             assert process.stdout
-            line = process.stdout.readline()
-            assert "Forwarding" in line, line
+            said[0] = process.stdout.readline()
+            if "Forwarding" in said[0]:
+                return process
+            process.wait()
+            process.stdout.close()
+            return None
+
+        # The pod's node, too, may be about to come back.
+        process = self.until(begun, SOON, lambda: said[0])
+        try:
             yield f"127.0.0.1:{local}"
         finally:
             process.terminate()
@@ -368,10 +376,12 @@ def fresh_spec(prefix: str, **sections: Any) -> Document:
     return tiny_spec(objectStore={"bucket": BUCKET, "prefix": f"{PREFIX}/{prefix}"}, **sections)
 
 
-def given_reward(spec: Document) -> Document:
-    """The same chain with a function for a reward: a stage that trains, and its table, less."""
-    data = {name: table for name, table in spec["data"].items() if name != "preferences"}
-    return spec | {"data": data, "reward": {"function": "rlhf_pipeline.scorers:vader"}}
+def given_reward(spec: Document, *, sft: bool = True) -> Document:
+    """The same chain with a function for a reward, and without SFT if asked: less to train."""
+    unused = {"preferences"} if sft else {"preferences", "sft"}
+    data = {name: table for name, table in spec["data"].items() if name not in unused}
+    sections = {name: section for name, section in spec.items() if sft or name != "sft"}
+    return sections | {"data": data, "reward": {"function": "rlhf_pipeline.scorers:vader"}}
 
 
 def reviews() -> str:

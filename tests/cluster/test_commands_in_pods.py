@@ -5,6 +5,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import yaml
@@ -27,13 +28,12 @@ NAME = "by-command"
 
 
 @pytest.fixture(scope="module")
-def shell(release: Release, tmp_path_factory: pytest.TempPathFactory) -> Shell:
-    """A shell in the release's namespace."""
+def shell(release: Release, calm: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    """A shell in the release's namespace, and the file of a run that has what comes before ppo from another."""
     folder = tmp_path_factory.mktemp("shell")
     config = yaml.safe_load(release.kubeconfig.read_text())
     config["contexts"][0]["context"]["namespace"] = release.namespace
     (folder / "kubeconfig").write_text(yaml.safe_dump(config))
-    # What comes before ppo may be there already.
     spec = tiny_spec(**LONGER | {"ppo": LONGER["ppo"] | {"klCoefficient": 0.17}})
     document = {"apiVersion": "rlhf.dev/v1alpha1", "kind": "RLHFRun", "metadata": {"name": NAME}}
     (folder / "run.yaml").write_text(yaml.safe_dump({**document, "spec": spec}))

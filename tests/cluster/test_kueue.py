@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from kubectl import SOON
-from release import STAGES, Release, fresh_spec, given_reward
+from release import Release, fresh_spec, given_reward
 
 from rlhf_api.names import LABEL_QUEUE
 
@@ -18,6 +18,8 @@ QUEUE = ROOT / "manifests" / "kueue" / "queue.yaml"
 CHAIN_SECONDS = 900.0
 
 Stop = Callable[[str], None]
+
+STAGES = ("import-model", "import-prompts", "import-evaluation", "reward", "ppo", "evaluate")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,8 @@ def test_a_queue_holds_a_run_up_and_takes_its_place_away_and_nothing_is_tried_tw
     release: Release, stop: Stop
 ) -> None:
     stop("Hold")
-    release.apply("queued", given_reward(fresh_spec("queued", ppo={"episodes": 128})), **{LABEL_QUEUE: "rlhf"})
+    spec = given_reward(fresh_spec("queued", ppo={"episodes": 128}), sft=False)
+    release.apply("queued", spec, **{LABEL_QUEUE: "rlhf"})
     release.until(lambda: queued(release), SOON, lambda: release.words("queued"))
     assert release.jobs("queued"), "there is no Job that could wait"
     assert not release.pods("queued")
@@ -61,8 +64,7 @@ def test_a_queue_holds_a_run_up_and_takes_its_place_away_and_nothing_is_tried_tw
 
     stop("None")
     status = release.wait("queued", timeout=CHAIN_SECONDS)
-    stages = [stage for stage in STAGES if stage != "import-preferences"]
-    assert release.jobs("queued") == {stage: [1] for stage in stages}
+    assert release.jobs("queued") == {stage: [1] for stage in STAGES}
     assert not any(stage.get("failure") for stage in status["stages"])
     workloads = release.kubectl("get", "workloads", "-o", "name").stdout.split()
-    assert len(workloads) >= len(stages), workloads
+    assert len(workloads) >= len(STAGES), workloads

@@ -6,12 +6,11 @@ import json
 from typing import Any
 
 import pytest
+from calm import CALM, CHAIN_SECONDS, LONGER
 from kubectl import SOON
-from release import BUCKET, GPU_NODE, PREFIX, STAGES, STORE_SECRET, Release, fresh_spec, tiny_spec
+from release import BUCKET, GPU_NODE, PREFIX, STAGES, STORE_SECRET, Release, tiny_spec
 
 pytestmark = pytest.mark.timeout(1500)
-
-CHAIN_SECONDS = 900.0  # a calm machine needs a fifth
 
 # In a stage's pod, with what it has: which keys of which buckets it may read and write, and whether MinIO obeys it.
 PRY = """
@@ -49,11 +48,15 @@ APART = f"{BUCKET}/apart/prize"
 OTHER_BUCKET = "other/runs/prize"
 
 
-@pytest.fixture(scope="module")
-def first(release: Release) -> tuple[str, dict[str, Any]]:
-    """Name and final status of a run that nothing disturbed."""
-    release.apply("first", fresh_spec("first"))
-    return "first", release.wait("first", timeout=CHAIN_SECONDS)
+@pytest.fixture(scope="module", autouse=True)
+def denied(release: Release) -> str:
+    """A run with keys that are none; applied first, since the attempts that it is given take a while."""
+    release.kubectl(
+        "create", "secret", "generic", "wrong", "--from-literal=AWS_ACCESS_KEY_ID=nobody",
+        "--from-literal=AWS_SECRET_ACCESS_KEY=nothing-at-all",
+    )  # fmt: skip
+    release.apply("denied", tiny_spec(objectStore={"credentialsSecret": "wrong"}))
+    return "denied"
 
 
 def test_helm_test_passes(release: Release) -> None:
@@ -61,8 +64,8 @@ def test_helm_test_passes(release: Release) -> None:
     assert "Phase:          Succeeded" in done.stdout, done.stdout
 
 
-def test_every_stage_ran_once_in_a_confined_pod_on_the_labelled_node(release: Release, first: Any) -> None:
-    name, status = first
+def test_every_stage_ran_once_in_a_confined_pod_on_the_labelled_node(release: Release, calm: Any) -> None:
+    name, status = CALM, calm
     assert {stage["name"]: stage["state"] for stage in status["stages"]} == dict.fromkeys(STAGES, "Succeeded")
     assert release.jobs(name) == {stage: [1] for stage in STAGES}
     labelled = {node["metadata"]["name"] for node in release.objects.list("nodes", "=".join(*GPU_NODE.items()))}
@@ -74,8 +77,8 @@ def test_every_stage_ran_once_in_a_confined_pod_on_the_labelled_node(release: Re
         assert [container["image"] for container in pod["spec"]["containers"]] == [release.images["pipeline"]]
 
 
-def test_the_status_says_what_the_run_came_to(release: Release, first: Any) -> None:
-    name, status = first
+def test_the_status_says_what_the_run_came_to(release: Release, calm: Any) -> None:
+    name, status = CALM, calm
     assert isinstance(status["reward"], float)
     conditions = {each["type"]: each["status"] for each in status["conditions"]}
     assert conditions == conditions | {"Valid": "True", "StoreReady": "True", "Succeeded": "True", "Failed": "False"}
@@ -86,8 +89,8 @@ def test_the_status_says_what_the_run_came_to(release: Release, first: Any) -> N
     assert {"StageStarted", "StageSucceeded", "RunSucceeded"} <= set(events), events
 
 
-def test_the_report_and_the_policy_are_in_the_store(release: Release, first: Any) -> None:
-    _, status = first
+def test_the_report_and_the_policy_are_in_the_store(release: Release, calm: Any) -> None:
+    status = calm
     artifacts = {stage["name"]: stage["artifact"] for stage in status["stages"]}
     with release.store() as store:
         names = [each.object_name or "" for each in store.list_objects(BUCKET, recursive=True)]
@@ -96,8 +99,8 @@ def test_the_report_and_the_policy_are_in_the_store(release: Release, first: Any
     assert [name for name in names if artifacts["evaluate"] in name and name.endswith(".html")]
 
 
-def test_no_secret_is_in_args_logs_or_status(release: Release, first: Any) -> None:
-    name, status = first
+def test_no_secret_is_in_args_logs_or_status(release: Release, calm: Any) -> None:
+    name, status = CALM, calm
     secrets = [
         base64.b64decode(value).decode() for value in release.objects.get("secrets", STORE_SECRET)["data"].values()
     ]
@@ -110,16 +113,16 @@ def test_no_secret_is_in_args_logs_or_status(release: Release, first: Any) -> No
         assert secret not in shown
 
 
-def test_a_second_run_reuses_what_it_shares_with_the_first(release: Release, first: Any) -> None:
-    release.apply("second", fresh_spec("first", evaluate={"samples": 4}))
+def test_a_second_run_reuses_what_it_shares_with_the_first(release: Release, calm: Any) -> None:
+    release.apply("second", tiny_spec(**LONGER, evaluate={"samples": 4}))
     release.wait("second", timeout=CHAIN_SECONDS)
     assert release.jobs("second") == {"evaluate": [1]}
     assert release.states("second") == dict.fromkeys(STAGES, "Reused") | {"evaluate": "Succeeded"}
 
 
-def test_a_run_waits_for_a_node_and_says_so(release: Release, first: Any) -> None:
+def test_a_run_waits_for_a_node_and_says_so(release: Release, calm: Any) -> None:
     label = f"{release.namespace}.example.com/pool"
-    spec = fresh_spec("first", evaluate={"samples": 5}, placement={"nodeSelector": {label: "a"}})
+    spec = tiny_spec(**LONGER, evaluate={"samples": 5}, placement={"nodeSelector": {label: "a"}})
     release.apply("waiting", spec)
 
     def unschedulable() -> bool:
@@ -138,7 +141,7 @@ def test_a_run_waits_for_a_node_and_says_so(release: Release, first: Any) -> Non
 
 
 def test_a_stage_that_asks_for_a_gpu_gets_a_node_with_one_and_says_that_cuda_is_missing(
-    release: Release, first: Any
+    release: Release, calm: Any
 ) -> None:
     """The image lies on the labelled node alone: imports are sent there, the GPU stage finds it by what it asks for."""
     if not release.on_kind:
@@ -146,7 +149,7 @@ def test_a_stage_that_asks_for_a_gpu_gets_a_node_with_one_and_says_that_cuda_is_
     imports = {"spec": {"nodeSelector": GPU_NODE}}
     templates = {stage: imports for stage in STAGES if stage.startswith("import")}
     placement = {"nodeSelector": {}, "stagePodTemplates": templates}
-    release.apply("on-gpu", fresh_spec("first", sft={"steps": 3}, gpu={"count": 1}, placement=placement))
+    release.apply("on-gpu", tiny_spec(**LONGER | {"sft": {"steps": 3}}, gpu={"count": 1}, placement=placement))
     release.wait("on-gpu", "Failed", timeout=CHAIN_SECONDS)
     [pod] = release.pods("on-gpu", "sft")
     assert "nodeSelector" not in pod["spec"]
@@ -158,20 +161,15 @@ def test_a_stage_that_asks_for_a_gpu_gets_a_node_with_one_and_says_that_cuda_is_
     assert release.jobs("on-gpu") == {"sft": [1]}
 
 
-def test_a_runs_own_wrong_credentials_are_said_before_a_gpu_is_asked_for(release: Release) -> None:
-    release.kubectl(
-        "create", "secret", "generic", "wrong", "--from-literal=AWS_ACCESS_KEY_ID=nobody",
-        "--from-literal=AWS_SECRET_ACCESS_KEY=nothing-at-all",
-    )  # fmt: skip
-    release.apply("denied", tiny_spec(objectStore={"credentialsSecret": "wrong"}))
-    status = release.wait("denied", "Failed", timeout=CHAIN_SECONDS)
-    assert set(release.jobs("denied")) <= {stage for stage in STAGES if stage.startswith("import")}, status
-    assert "credentials" in release.condition("denied", "Failed")["message"]
+def test_a_runs_own_wrong_credentials_are_said_before_a_gpu_is_asked_for(release: Release, denied: str) -> None:
+    status = release.wait(denied, "Failed", timeout=CHAIN_SECONDS)
+    assert set(release.jobs(denied)) <= {stage for stage in STAGES if stage.startswith("import")}, status
+    assert "credentials" in release.condition(denied, "Failed")["message"]
 
 
-def test_a_stage_over_its_memory_limit_goes_down_its_ladder(release: Release, first: Any) -> None:
+def test_a_stage_over_its_memory_limit_goes_down_its_ladder(release: Release, calm: Any) -> None:
     limited = {"spec": {"containers": [{"name": "stage", "resources": {"limits": {"memory": "80Mi"}}}]}}
-    release.apply("tight", fresh_spec("first", evaluate={"samples": 3}, placement={"podTemplate": limited}))
+    release.apply("tight", tiny_spec(**LONGER, evaluate={"samples": 3}, placement={"podTemplate": limited}))
     release.wait("tight", "Failed", timeout=CHAIN_SECONDS)
     assert release.stages("tight")["evaluate"]["failure"] == "outOfMemory"
     failed = release.condition("tight", "Failed")
@@ -183,8 +181,8 @@ def test_a_stage_over_its_memory_limit_goes_down_its_ladder(release: Release, fi
     assert any("batchSize 2 instead of 4" in event["message"] for event in events), events
 
 
-def test_a_stage_has_no_way_into_the_api_server(release: Release, first: Any) -> None:
-    release.apply("curious", fresh_spec("first", ppo={"klCoefficient": 0.15}))
+def test_a_stage_has_no_way_into_the_api_server(release: Release, calm: Any) -> None:
+    release.apply("curious", tiny_spec(**LONGER | {"ppo": LONGER["ppo"] | {"klCoefficient": 0.15}}))
     pod = release.running_pod("curious", "ppo")
     script = (
         "import os, ssl, urllib.request, urllib.error\n"
@@ -217,8 +215,8 @@ def everything(place: str) -> set[str]:
     return {f"{action} {place}" for action in ("list", "read", "write", "delete")}
 
 
-def test_a_stages_keys_open_the_prefix_of_its_release_and_nothing_else(release: Release, first: Any) -> None:
-    release.apply("prying", fresh_spec("first", ppo={"klCoefficient": 0.16}))
+def test_a_stages_keys_open_the_prefix_of_its_release_and_nothing_else(release: Release, calm: Any) -> None:
+    release.apply("prying", tiny_spec(**LONGER | {"ppo": LONGER["ppo"] | {"klCoefficient": 0.16}}))
     pod = release.running_pod("prying", "ppo")
     found = pried_open(release, pod)
     release.kubectl("delete", "rlhfrun", "prying")

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.timeout(2400)
 
 EXAMPLE = Path(__file__).parents[2] / "manifests" / "examples" / "positive-reviews.yaml"
 FEWER: dict[str, dict[str, Any]] = {
+    "data": {"sft": {"heldOut": 0.005}, "preferences": {"heldOut": 0.005}},
     "sft": {"steps": 2},
     "reward": {"steps": 2, "minAccuracy": 0},
     "ppo": {"episodes": 32},
@@ -25,8 +26,10 @@ FEWER: dict[str, dict[str, Any]] = {
 
 def test_the_example_runs_with_a_real_model(release: Release, tmp_path: Path) -> None:
     spec = yaml.safe_load(EXAMPLE.read_text())["spec"]
-    for section, changes in FEWER.items():
-        spec[section] = spec.get(section, {}) | changes
+    for name, changes in FEWER.items():
+        section = spec.setdefault(name, {})
+        for field, value in changes.items():
+            section[field] = section[field] | value if name == "data" else value
     release.apply("positive-reviews", spec)
     status = release.wait("positive-reviews", timeout=1500)
     assert release.jobs("positive-reviews") == {stage: [1] for stage in STAGES}
