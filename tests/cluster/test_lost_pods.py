@@ -51,14 +51,17 @@ def test_a_pod_that_the_kubelet_evicts_is_made_again(release: Release, expected:
     lasting = {"episodes": 100_000, "learningRate": 1e-6}
     small = {"spec": {"volumes": [{"name": "tmp", "emptyDir": {"sizeLimit": "64Mi"}}]}}
     release.apply("evicted", tiny_spec(**LONGER | {"ppo": lasting}, placement={"podTemplate": small}))
-    pod = release.training_pod("evicted", "ppo", CHAIN_SECONDS)
-    release.kubectl("exec", pod, "--", "python", "-c", "open('/tmp/too-much', 'wb').write(bytes(128 << 20))")
-    release.until(lambda: release.jobs("evicted")["ppo"] == [1, 2], SOON, lambda: release.words("evicted"))
-    assert release.objects.get("pods", pod)["status"]["reason"] == "Evicted"
-    release.training_pod("evicted", "ppo")
-    [retrying] = release.objects.list("events", fields="involvedObject.name=evicted,reason=Retrying")
-    assert "the pod was evicted" in retrying["message"]
-    release.kubectl("delete", "rlhfrun", "evicted")
+    try:
+        pod = release.training_pod("evicted", "ppo", CHAIN_SECONDS)
+        too_much = "open('/tmp/too-much', 'wb').write(bytes(128 << 20))"
+        release.kubectl("exec", pod, "--", "python", "-c", too_much, check=False)  # it may be killed with the pod
+        release.until(lambda: release.jobs("evicted")["ppo"] == [1, 2], SOON, lambda: release.words("evicted"))
+        assert release.objects.get("pods", pod)["status"]["reason"] == "Evicted"
+        release.training_pod("evicted", "ppo")
+        [retrying] = release.objects.list("events", fields="involvedObject.name=evicted,reason=Retrying")
+        assert "the pod was evicted" in retrying["message"]
+    finally:
+        release.kubectl("delete", "rlhfrun", "evicted")
 
 
 def test_a_node_may_be_lost_and_found(release: Release, expected: dict[str, str]) -> None:

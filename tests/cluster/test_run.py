@@ -90,10 +90,9 @@ def test_the_status_says_what_the_run_came_to(release: Release, calm: Any) -> No
 
 
 def test_the_report_and_the_policy_are_in_the_store(release: Release, calm: Any) -> None:
-    status = calm
-    artifacts = {stage["name"]: stage["artifact"] for stage in status["stages"]}
+    artifacts = {stage["name"]: stage["artifact"] for stage in calm["stages"]}
     with release.store() as store:
-        names = [each.object_name or "" for each in store.list_objects(BUCKET, recursive=True)]
+        names = [each.object_name or "" for each in store.list_objects(BUCKET, f"{PREFIX}/artifacts/", recursive=True)]
     [manifest] = [name for name in names if artifacts["ppo"] in name and name.endswith("manifest.json")]
     assert manifest
     assert [name for name in names if artifacts["evaluate"] in name and name.endswith(".html")]
