@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,17 +53,15 @@ def main() -> None:
             makers = (ours_sft, trl_sft) if stage == "sft" else (ours_reward, trl_reward)
             ours, peer = (measured(arguments, f"{stage}, {layers}", maker, layers) for maker in makers)
             if ours and peer:
-                print(f"[ratio] {stage}, {layers}: {peer[0] / ours[0]:.2f} times as fast as TRL's, {ours[1] / peer[1]:.2f} "
-                      "times its memory", flush=True)  # fmt: skip
+                faster, memory = peer[0] / ours[0], ours[1] / peer[1]
+                print(f"[ratio] {stage}, {layers}: {faster:.2f} times as fast as TRL's, {memory:.2f} times its memory")
 
 
 Maker = Callable[[argparse.Namespace, SimpleNamespace, Lora], Any]
 """A trainer, ready to train."""
 
 
-def measured(
-    arguments: argparse.Namespace, what: str, maker: Maker, layers: str
-) -> tuple[float, float] | None:
+def measured(arguments: argparse.Namespace, what: str, maker: Maker, layers: str) -> tuple[float, float] | None:
     """Median seconds of a step and peak reserved GiB; None where memory runs out."""
     name = maker.__name__.split("_")[0]
     times: list[float] = []
@@ -82,7 +81,7 @@ def measured(
             trainer.add_callback(Clock())
             _forget_peaks()
             trainer.train()
-            steps = [after - before for before, after in zip(times, times[1:], strict=False)]
+            steps = [after - before for before, after in pairwise(times)]
             found = statistics.median(steps[WARM_UP - 1 :]), _peak()
             print(f"[{name}] {what}: {found[0]:.3f} s a step, peak reserved {found[1]:.2f} GiB", flush=True)
         except torch.OutOfMemoryError as error:
