@@ -19,6 +19,7 @@ AWAY = (
     "unexpected EOF",
     "connection reset",
     "etcdserver: leader changed",
+    "failed to download openapi",
     'User "kubernetes-admin" cannot',  # one that is just back has read no roles yet
 )
 AWAY_SECONDS = 180
