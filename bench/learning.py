@@ -1,7 +1,7 @@
 """How PPO learns, not how fast it runs: score against KL, of this project's trainer and of TRL 1.12's, over seeds.
 
 python bench/learning.py [RUN.yaml] [--variants ours trl fresh-critic FIELD=VALUE[,FIELD=VALUE] ...] [--seeds 0 1 2]
-    [--set FIELD=VALUE ...] [--episodes N] [--home FOLDER] [--out FOLDER] [--jobs N]
+    [--set FIELD=VALUE ...] [--home FOLDER] [--out FOLDER] [--jobs N]
 
 Each variant of each seed is trained in a process of its own. All of one seed that do not change what comes before PPO
 start from the same merged model, the same reward and the same prompts, made by the stages themselves. `trl` has the
@@ -30,6 +30,7 @@ import yaml
 from chain_on_gpu import changed
 from torch import Tensor, nn
 
+from rlhf_api.canonical import sha256_of
 from rlhf_api.run import RLHFRun
 from rlhf_operator.local import Home, LocalRunner
 from rlhf_operator.stages import chain
@@ -77,7 +78,6 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=[OURS, TRL])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="of all variants")
-    parser.add_argument("--episodes", type=int, default=0, help="of PPO; 0: as the run says")
     parser.add_argument("--home", type=Path, default=Path(".rlhf"))
     parser.add_argument("--out", type=Path, default=Path("learning"))
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time; 1 where seconds are to be compared")
@@ -100,7 +100,7 @@ def main() -> None:
 
 def in_its_process(arguments: argparse.Namespace, variant: str, seed: int) -> str:
     """Train one variant of one seed; returns a line on it."""
-    shared = [f"--{name}={getattr(arguments, name)}" for name in ("episodes", "home", "out")]
+    shared = [f"--{name}={getattr(arguments, name)}" for name in ("home", "out")]
     shared += [f"--set={change}" for change in arguments.set]
     command = [sys.executable, __file__, str(arguments.run), "--one", "--variants", variant, "--seeds", str(seed)]
     done = subprocess.run([*command, *shared], capture_output=True, text=True)
@@ -118,7 +118,8 @@ def prepare(arguments: argparse.Namespace, variant: str, seed: int) -> Ground:
     wanted = RLHFRun.model_validate(document)
     batch = wanted.spec.ppo.batch_size
     short = changed(document, [f"ppo.episodes={batch}", "evaluate.samples=2"])
-    short["metadata"] = {"name": f"learning-{seed}-{abs(hash(variant)) % 10**8}"}
+    # Variants of one seed may run at a time: each has a name of its own, the same one again for the same run.
+    short["metadata"] = {"name": f"learning-{sha256_of([variant, short['spec']])[:12]}"}
     run = RLHFRun.model_validate(short)
     home = Home(arguments.home)
     runner = LocalRunner(run, home.default_store(), home)
@@ -139,10 +140,9 @@ def prepare(arguments: argparse.Namespace, variant: str, seed: int) -> Ground:
 def train(arguments: argparse.Namespace, variant: str, seed: int) -> None:
     """Train and judge; writes OUT/VARIANT-SEED.json and prints a line."""
     ground = prepare(arguments, variant, seed)
-    episodes = arguments.episodes or ground.run.spec.ppo.episodes
     adapter = arguments.out / f"{variant}-{seed}"
     learn = with_trl if variant == TRL else with_ours
-    curve = learn(ground, episodes, adapter, fresh_critic=variant == FRESH_CRITIC)
+    curve = learn(ground, adapter, fresh_critic=variant == FRESH_CRITIC)
     judged = held_out(ground, adapter)
     found = {"variant": variant, "seed": seed, "curve": [asdict(point) for point in curve], "heldOut": judged}
     (arguments.out / f"{variant}-{seed}.json").write_text(json.dumps(found, indent=1))
@@ -151,7 +151,7 @@ def train(arguments: argparse.Namespace, variant: str, seed: int) -> None:
           f"KL {judged['kl']:.2f}, {rises}")  # fmt: skip
 
 
-def with_ours(ground: Ground, episodes: int, adapter: Path, *, fresh_critic: bool) -> list[Point]:
+def with_ours(ground: Ground, adapter: Path, *, fresh_critic: bool) -> list[Point]:
     """This project's trainer, as its stage builds it."""
     spec = ground.run.spec
     device, tokenizer = device_of(spec.gpu), load_tokenizer(ground.model)
@@ -161,19 +161,18 @@ def with_ours(ground: Ground, episodes: int, adapter: Path, *, fresh_critic: boo
     prompts = Prompts(ground.prompts, "train", tokenizer.pad_token_id, spec.seed)
     if fresh_critic:
         roles.start_critic = lambda *_: None  # type: ignore[method-assign]
-    settings = spec.ppo.model_copy(update={"episodes": episodes})
-    trainer = Trainer(roles, settings, score, tokenizer.eos_token_id, tokenizer.pad_token_id, spec.seed)
+    trainer = Trainer(roles, spec.ppo, score, tokenizer.eos_token_id, tokenizer.pad_token_id, spec.seed)
     curve: list[Point] = []
     begin = time.perf_counter()
     for index in range(trainer.total):
-        metrics = trainer.step(*prompts.batch(index, settings.batch_size, device))
+        metrics = trainer.step(*prompts.batch(index, trainer.settings.batch_size, device))
         seconds = time.perf_counter() - begin
-        curve.append(Point((index + 1) * settings.batch_size, seconds, metrics["kl"], metrics["score_raw"]))
+        curve.append(Point((index + 1) * trainer.settings.batch_size, seconds, metrics["kl"], metrics["score_raw"]))
     roles.save_adapter("policy", adapter)
     return curve
 
 
-def with_trl(ground: Ground, episodes: int, adapter: Path, **_: Any) -> list[Point]:
+def with_trl(ground: Ground, adapter: Path, **_: Any) -> list[Point]:
     """TRL's trainer on the same model, reward, prompts and settings."""
     from peft import get_peft_model
     from transformers import TrainerCallback
@@ -203,10 +202,10 @@ def with_trl(ground: Ground, episodes: int, adapter: Path, **_: Any) -> list[Poi
         logging_steps=1, num_sample_generations=0, bf16=False, disable_tqdm=True, max_grad_norm=ppo.max_grad_norm,
         # Accumulating, it makes one optimiser step a batch, however many mini-batches there are.
         per_device_train_batch_size=ppo.batch_size, gradient_accumulation_steps=1,
-        num_mini_batches=ppo.batch_size // mini, total_episodes=-(-episodes // ppo.batch_size) * ppo.batch_size,
+        num_mini_batches=ppo.batch_size // mini, total_episodes=ppo.rollouts * ppo.batch_size,
         local_rollout_forward_batch_size=ppo.effective_rollout_batch_size(1), num_ppo_epochs=ppo.epochs,
         learning_rate=ppo.learning_rate, adam_epsilon=ADAM_EPSILON, weight_decay=0.0,
-        lr_scheduler_type="constant" if ppo.schedule == "constant" else "linear", response_length=ppo.response_tokens,
+        lr_scheduler_type=ppo.schedule, response_length=ppo.response_tokens,
         stop_token="eos", temperature=ppo.temperature, missing_eos_penalty=ppo.missing_eos_penalty,
         kl_coef=ppo.kl_coefficient, cliprange=ppo.clip_range, cliprange_value=ppo.value_clip_range,
         vf_coef=ppo.value_coefficient, gamma=ppo.gamma, lam=ppo.gae_lambda, whiten_rewards=ppo.whiten_rewards,
@@ -232,15 +231,13 @@ class Scalar(nn.Module):
     def __init__(self, ground: Ground, mean: float, std: float, eos: int | None, *, trained: bool) -> None:
         super().__init__()
         spec = ground.run.spec
-        roles = Roles(load_base(ground.model, spec.quantization, device_of(spec.gpu)), spec.lora, critic=False)
+        roles = Roles(load_base(ground.model, spec.quantization, device_of(spec.gpu)), spec.lora)
         roles.add_reward(ground.reward)
-        roles.activate("reward")
-        self.backbone, self.score = _Backbone(roles.model.get_decoder(), eos), roles.heads["reward"]
-        with torch.no_grad():
-            self.score.weight.div_(std)
-            self.score.bias.sub_(mean).div_(std)
+        roles.start_critic(mean, std)
+        roles.activate("critic")
+        self.backbone, self.score = _Backbone(roles.model.get_decoder(), eos), roles.heads["critic"]
         self.requires_grad_(False)
-        for parameter in roles.parameters("reward"):
+        for parameter in roles.parameters("critic"):
             parameter.requires_grad_(trained)
 
 
