@@ -111,7 +111,13 @@ class FileObjects:
         temporary.chmod(0o444)  # fetched files are links to it
         place: Callable[[Path, Path], object] = os.link if exclusive else os.replace
         for _ in range(100):
-            file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, FileNotFoundError):
+                if file.parent.is_file():
+                    raise
+                time.sleep(0.001)  # delete() removed the empty folder while it was looked at
+                continue
             try:
                 place(temporary, file)
             except FileExistsError:

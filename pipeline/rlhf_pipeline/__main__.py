@@ -46,6 +46,8 @@ TRAINING: tuple[Program, ...] = ("sft", "reward", "ppo")  # what several GPUs sh
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
 # What a GPU's memory is budgeted by: without it, blocks that are too small for the next batch stay reserved.
 ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+# Nothing here is compiled by torch, but bitsandbytes asks for it when imported: its compiler takes 2 s to load.
+EAGER = {"TORCHDYNAMO_DISABLE": "1"}
 
 
 def main(arguments: Sequence[str] | None = None, command: Sequence[str] = COMMAND) -> int:
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str] | None = None, command: Sequence[str] = COMMAN
     options = parser.parse_args(arguments)
     if options.rank is not None:
         tie_to_parent(options.parent)
-    for name, value in (QUIET | ALLOCATOR).items():
+    for name, value in (QUIET | ALLOCATOR | EAGER).items():
         os.environ.setdefault(name, value)
     began = time.monotonic()
     result, code = _outcome(options, command)

@@ -5,13 +5,16 @@ import random
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
+from rlhf_api.errors import StoreError
 from rlhf_api.stage import ArtifactRef, StoreConfig
 from rlhf_store.artifacts import open_artifacts
+from rlhf_store.file_objects import FileObjects
 
 REF = ArtifactRef(kind="sft-adapter", digest="c" * 64)
 PARTS = 12
@@ -140,3 +143,23 @@ def test_gc_takes_unkept_artifacts_only_when_asked(store: StoreConfig) -> None:
     assert [manifest.ref for manifest in artifacts.list()] == [kept]
     assert artifacts.find(unkept) is None
     assert [info.key for info in artifacts.objects.walk(f"artifacts/{unkept}/")] == []
+
+
+def test_a_folder_that_others_empty_takes_what_is_written(tmp_path: Path) -> None:
+    def write_and_delete(writer: int) -> None:
+        objects = FileObjects(tmp_path)  # as another process would have it
+        for number in range(300):
+            key = f"probe/deeper/{writer}-{number}"
+            assert objects.put(key, b"", if_none_match=True)
+            assert not objects.put(key, b"", if_none_match=True)
+            objects.delete([key])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write_and_delete, range(4)))
+
+
+def test_a_file_where_a_folder_should_be_is_told_at_once(tmp_path: Path) -> None:
+    objects = FileObjects(tmp_path)
+    objects.put("probe", b"")
+    with pytest.raises(StoreError, match="probe/one: File exists"):
+        objects.put("probe/one", b"")
