@@ -1,10 +1,10 @@
 """Seconds, peak memory and FLOP/s of one training pass of GPT-NeoX-20B in NF4: ours against PEFT with checkpointing.
 
-python bench/training_pass.py [--sizes 8x512 8x128 16x256] [--cap 23]
+python bench/training_pass.py [--sizes 8x512 8x128 16x256] [--cap 23] [--profile]
 
 A pass is the policy's: hidden states, log-probabilities of the second half of each sequence, backward to the adapters.
 The floor is the operations of the matrix products (forward, again, and the gradient of the activations) over the rate
-that an 8192-cubed product reaches on the same card in the same run.
+that an 8192-cubed product reaches on the same card in the same run. --profile: which kernels the time goes to.
 """
 
 import argparse
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=11)
     parser.add_argument("--cap", type=float, default=23.0)
     parser.add_argument("--skip-peer", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="of ours: milliseconds of a pass by kernel")
     arguments = parser.parse_args()
     rate = matrix_rate()
     print(f"{torch.cuda.get_device_name()}: {rate / 1e12:.0f} TFLOP/s in an 8192-cubed product", flush=True)
@@ -61,6 +62,8 @@ def main() -> None:
             if size in peer:
                 line += f"; PEFT {peer[size]:.3f} s, ratio {peer[size] / seconds:.2f}"
             print(line, flush=True)
+            if arguments.profile:
+                print(profiled(one), flush=True)
         del roles, base, one, trunk
         gc.collect()
         torch.cuda.empty_cache()
@@ -117,6 +120,19 @@ def measured(work: Callable[[], None], parameters: list[Any]) -> tuple[float, fl
         for parameter in parameters:
             parameter.grad = None
     return statistics.median(times[2:]), torch.cuda.max_memory_reserved() / GIB
+
+
+def profiled(work: Callable[[], None], most: int = 24) -> str:
+    """The kernels that a pass spends most time in: milliseconds, launches, name."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        work()
+        torch.cuda.synchronize()
+    kernels = sorted(profile.key_averages(), key=lambda each: -each.self_device_time_total)
+    total = sum(each.self_device_time_total for each in kernels)
+    lines = [
+        f"  {each.self_device_time_total / 1e3:9.2f} ms {each.count:6d} x  {each.key[:150]}" for each in kernels[:most]
+    ]
+    return "\n".join([*lines, f"  {total / 1e3:9.2f} ms in all kernels"])
 
 
 def operations(model: Any, tokens: int, share: float, recomputed: float) -> float:
