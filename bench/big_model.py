@@ -23,6 +23,7 @@ from transformers import (
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from rlhf_api.run import Lora
+from rlhf_pipeline.passes import fuse
 from rlhf_pipeline.roles import Roles
 
 GIB = 2**30
@@ -141,6 +142,7 @@ def plain_tokenizer() -> Any:
 
 def four_roles(model: Any, layers: str, kept_layers: int) -> Roles:
     """Policy, critic and a random reward as adapters of rank 16 on `model`, checkpointed but for `kept_layers`."""
+    fuse(model)  # as `load_base` does
     lora = Lora(rank=16, alpha=32, layers=layers)  # type: ignore[arg-type]
     roles = Roles(model, lora, checkpointing=True, kept_layers=kept_layers)
     with tempfile.TemporaryDirectory() as name:

@@ -18,6 +18,7 @@ import torch
 from big_model import GIB, big_classifier, big_model, four_roles, keep_within, plain_tokenizer
 
 from rlhf_api.run import PPO
+from rlhf_pipeline.passes.rotary import unfuse_rotary
 from rlhf_pipeline.ppo_trainer import Trainer
 from rlhf_pipeline.scoring import AdapterScore
 
@@ -113,7 +114,9 @@ def trl(
 
     prompts, prompt, response = map(int, size.split(":"))
     config = {"r": 16, "lora_alpha": 32, "target_modules": ["query_key_value", "dense"]}
-    policy = get_peft_model(big_model(arguments.model), LoraConfig(**config, task_type="CAUSAL_LM"))
+    model = big_model(arguments.model)
+    unfuse_rotary(model)
+    policy = get_peft_model(model, LoraConfig(**config, task_type="CAUSAL_LM"))
     if checkpointing:
         policy.enable_input_require_grads()
         policy.gradient_checkpointing_enable({"use_reentrant": False})
@@ -148,7 +151,7 @@ def trl(
                   f"{torch.cuda.max_memory_reserved() / GIB:.2f} GiB", flush=True)  # fmt: skip
         except torch.OutOfMemoryError as error:
             print(f"[trl] {how}: out of memory ({str(error)[:80]})", flush=True)
-    del trainer, policy
+    del trainer, policy, model
     gc.collect()
     torch.cuda.empty_cache()
     return rate

@@ -27,6 +27,8 @@ from transformers import PrinterCallback, TrainerCallback
 from rlhf_api.run import SFT, Lora, Reward
 from rlhf_pipeline import reward, sft
 from rlhf_pipeline.models import lora_config
+from rlhf_pipeline.passes import fuse
+from rlhf_pipeline.passes.rotary import unfuse_rotary
 from rlhf_pipeline.ranks import ALONE
 from rlhf_pipeline.reward_adapter import keep_trunk_frozen, with_reward_adapter
 from rlhf_pipeline.training import float32_adapters, longest_first, trainer_arguments
@@ -115,7 +117,9 @@ def section(arguments: argparse.Namespace, kind: type[SFT] | type[Reward]) -> An
 
 def ours_sft(arguments: argparse.Namespace, stage: SimpleNamespace, lora: Lora) -> Any:
     rows = longest_first(texts(arguments, 1), arguments.batch, len)
-    return sft.trainer_of(stage, section(arguments, SFT), lora, big_model(arguments.model), plain_tokenizer(), rows)
+    model = big_model(arguments.model)
+    fuse(model)  # as `load_base` does
+    return sft.trainer_of(stage, section(arguments, SFT), lora, model, plain_tokenizer(), rows)
 
 
 def trl_sft(arguments: argparse.Namespace, stage: SimpleNamespace, lora: Lora) -> Any:
@@ -123,6 +127,7 @@ def trl_sft(arguments: argparse.Namespace, stage: SimpleNamespace, lora: Lora) -
     from trl import SFTConfig, SFTTrainer
 
     model = big_model(arguments.model)
+    unfuse_rotary(model)
     settings = SFTConfig(**_settings(arguments, stage, model, SFT), dataset_kwargs={"skip_prepare_dataset": True})
     return SFTTrainer(
         model, args=settings, train_dataset=Dataset.from_dict({"input_ids": texts(arguments, 1)}),
@@ -132,7 +137,9 @@ def trl_sft(arguments: argparse.Namespace, stage: SimpleNamespace, lora: Lora) -
 
 def ours_reward(arguments: argparse.Namespace, stage: SimpleNamespace, lora: Lora) -> Any:
     rows = longest_first(pairs(arguments), arguments.batch, lambda pair: max(map(len, pair)))
-    model = with_reward_adapter(big_classifier(arguments.model), lora)
+    base = big_classifier(arguments.model)
+    fuse(base)
+    model = with_reward_adapter(base, lora)
     trainer = reward.trainer_of(stage, section(arguments, Reward), model, plain_tokenizer(), rows)
     float32_adapters(trainer.model)
     keep_trunk_frozen(trainer.model)
@@ -144,6 +151,7 @@ def trl_reward(arguments: argparse.Namespace, stage: SimpleNamespace, lora: Lora
     from trl import RewardConfig, RewardTrainer
 
     model = big_classifier(arguments.model)
+    unfuse_rotary(model)
     chosen, rejected = zip(*pairs(arguments), strict=True)
     return RewardTrainer(
         model, args=RewardConfig(**_settings(arguments, stage, model, Reward)),

@@ -21,6 +21,7 @@ from torch import Tensor
 from rlhf_api.run import Lora
 from rlhf_pipeline.losses import chunked_logprobs
 from rlhf_pipeline.models import vocabulary_logits
+from rlhf_pipeline.passes import fuse
 from rlhf_pipeline.roles import Roles
 
 
@@ -42,6 +43,7 @@ def main() -> None:
     torch.cuda.empty_cache()
     for layers, kept in [("all", kept) for kept in arguments.kept] + [(f"top:{arguments.top}", arguments.top)]:
         base = big_model(arguments.model)
+        fuse(base)  # as `load_base` does
         roles = Roles(base, Lora(rank=16, alpha=32, layers=layers), critic=False, checkpointing=True, kept_layers=kept)
         for size in arguments.sizes:
             ids, mask = batch(size)

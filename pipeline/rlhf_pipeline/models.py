@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rlhf_api.errors import UserError
 from rlhf_api.quantity import bytes_of
 from rlhf_api.run import GPU, Lora, Quantization
+from rlhf_pipeline.passes import fuse
 
 CUDA_CONTEXT_BYTES = 2**30  # what the driver and CUDA take of a card before PyTorch gets any
 
@@ -81,6 +82,7 @@ def load_base(folder: Path, quantization: Quantization, device: torch.device, cl
     _fuse_gelu(model)
     if quantization.type == "nf4":
         _keep_packing(model)
+    fuse(model)
     return model.requires_grad_(False).eval()
 
 

@@ -157,6 +157,9 @@ class _Decoder:
             if (not cuda or index % STOP_CHECK_STEPS == 0) and bool(self.finished.all()):
                 break
             step()
+        if cuda:
+            # The graph's memory goes with the graph, back to the device if asked: not while the graph still runs.
+            torch.cuda.current_stream().synchronize()
         if self.fused and self.session.trunk is not None:
             self.fused.step(self.token[:, 0], self.session, trunk_only=True)  # of the token drawn last
         return self.out, self.session.trunk
@@ -262,7 +265,13 @@ class _Decoder:
         return decoder
 
     def _keep(self) -> Callable[[], None]:
-        """A function that puts back what a step changes, its cache slot apart, which is written before it is read."""
+        """A function that puts back what a step changes, its cache slot apart, which is written before it is read.
+
+        The draws too: what is sampled must not depend on whether this process has sampled before.
+        """
+        device = self.ids.device
+        generator = torch.cuda.default_generators[device.index] if self.ids.is_cuda else torch.default_generator
+        draws = generator.get_state()
         state = (self.real, self.slot, self.token, self.position, self.finished, self.out, self.session.slot)
         state += tuple(layer.cumulative_length for layer in self.cache.layers)
         kept = [tensor.clone() for tensor in state]
@@ -270,6 +279,7 @@ class _Decoder:
         def restore() -> None:
             for tensor, before in zip(state, kept, strict=True):
                 tensor.copy_(before)
+            generator.set_state(draws)
 
         return restore
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpus import gpu
 from tiny import EOS, PAD, VOCABULARY, Family, build_tiny_model
 from torch import Tensor
 
@@ -18,7 +19,6 @@ from rlhf_pipeline.decode import decoder as decoders
 from rlhf_pipeline.decode.decoder import decoder_of
 from rlhf_pipeline.decode.nf4_gemm import (
     CANDIDATES,
-    Nf4Weight,
     Tile,
     dequantised_product,
     launch_options,
@@ -26,19 +26,12 @@ from rlhf_pipeline.decode.nf4_gemm import (
     nf4_gemm,
 )
 from rlhf_pipeline.models import device_of, load_base
+from rlhf_pipeline.nf4_weight import Nf4Weight
 from rlhf_pipeline.roles import Roles
 from rlhf_pipeline.rollout import Sampling, _Decoder, rollout
 
 TILES = [(rows, tile) for rows, tiles in CANDIDATES.items() for tile in tiles]
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="shown where there is no CUDA device")
-
-
-def gpu(test: Any) -> Any:
-    """A test that only a CUDA device can run."""
-    for mark in on_gpu:
-        test = mark(test)
-    return test
 
 
 # ---- without a card ----------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpus import on_gpu
 from tiny import EOS, PAD, VOCABULARY, Family, build_tiny_model
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from rlhf_pipeline.ppo_trainer import Trainer
 from rlhf_pipeline.roles import Roles, Trunk, positions_of
 from rlhf_pipeline.rollout import Responses, Sampling, _Decoder, rollout
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = on_gpu
 
 # int8 writes device memory from the host inside its forward, so only eager decoding runs there.
 QUANTIZATIONS = [Quantization(type="none", compute_dtype="float32"), Quantization(type="none"), Quantization()]
@@ -107,6 +108,28 @@ def test_later_updates_keep_the_activations_that_fit_and_compute_the_same(tmp_pa
     assert [value for row in losses for value in row] == pytest.approx(
         [value for row in recomputed for value in row], rel=1e-3, abs=1e-5
     )
+
+
+def test_a_graphs_memory_is_kept_until_it_has_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With segments that can be unmapped, as a stage has them: that does not wait for the device."""
+    roles = roles_of(tmp_path, Quantization(type="none", compute_dtype="float32"))
+    ids, mask = prompts()
+    own = _Decoder._own_logits
+
+    def slow(decoder: _Decoder) -> Tensor:
+        logits = own(decoder)
+        torch.cuda._sleep(20_000_000)  # some 10 ms a step, so that the device is far behind
+        return logits
+
+    monkeypatch.setattr(_Decoder, "_own_logits", slow)
+    found = []
+    for _ in range(4):
+        torch.manual_seed(1)
+        found.append(rollout(roles.model, ids, mask, Sampling(14, EOS, PAD)).ids)
+        torch.cuda.empty_cache()
+        torch.empty(2**28, dtype=torch.uint8, device="cuda").fill_(255)  # over what was given back
+    torch.cuda.synchronize()
+    assert all(torch.equal(each, found[0]) for each in found)
 
 
 def test_rollouts_leave_no_memory_behind(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from functools import cache
 from typing import Any, Final, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from rlhf_pipeline.nf4_weight import Nf4Weight
 
 Activation = Literal["none", "gelu", "gelu_tanh", "silu", "relu"]
 MAX_ROWS: Final = 64
@@ -46,31 +48,6 @@ CANDIDATES: Final[dict[int, tuple[Tile, ...]]] = {
          Tile(64, 128, 4, 4, 2, False)),
     64: (Tile(128, 128, 8, 3, 1, True), Tile(128, 128, 8, 4, 1, False), Tile(64, 128, 4, 3, 1, False)),
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Nf4Weight:
-    """A packed weight with its double-quantised scales, as bitsandbytes keeps them."""
-
-    packed: Tensor  # uint8
-    codes: Tensor  # (blocks,) uint8
-    steps: Tensor  # (blocks / 256,) float32
-    code_values: Tensor  # (256,) float32
-    offset: Tensor  # () float32
-    shape: tuple[int, int]  # (out, in)
-
-    @classmethod
-    def of(cls, linear: nn.Module) -> "Nf4Weight | None":
-        """The weight of a bitsandbytes Linear4bit; None if the kernel does not know its layout or its sizes."""
-        weight = getattr(linear, "weight", None)
-        state = getattr(weight, "quant_state", None)
-        if weight is None or state is None or state.quant_type != "nf4" or state.blocksize != 64 or not state.nested:
-            return None
-        out, inner = state.shape
-        if state.state2.blocksize != 256 or state.dtype != torch.bfloat16 or out % 64 or inner % 64:
-            return None
-        found = cls(weight.data, state.absmax, state.state2.absmax, state.state2.code, state.offset, (out, inner))
-        return found if found.packed.is_cuda and found.packed.is_contiguous() else None
 
 
 @dataclass(frozen=True)
@@ -154,7 +131,8 @@ def measured(weights: Sequence[Nf4Weight], rows: int, own: Callable[[Tensor], ob
     tile is fast: give more than it holds if there are so many.
     """
     device, (out, inner) = weights[0].packed.device, weights[0].shape
-    x = torch.randn(rows, inner, dtype=torch.bfloat16, device=device)
+    own_draws = torch.Generator(device).manual_seed(0)  # sampling must not depend on what was timed before
+    x = torch.randn(rows, inner, dtype=torch.bfloat16, device=device, generator=own_draws)
     expected = dequantised_product(weights[0], x)
     found = Choice({}, _seconds(lambda: own(x)), [])
     for tile in CANDIDATES[padded_rows(rows)]:

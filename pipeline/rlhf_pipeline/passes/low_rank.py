@@ -14,7 +14,8 @@ from torch import Tensor, nn
 def lean(layer: Any) -> None:
     """Give a PEFT LoRA layer without dropout or DoRA a forward that computes the same in fewer passes.
 
-    With `layer.groups`, names of adapters or of none, the batch is as many parts, each with the adapter of its name.
+    With `layer.groups`, names of adapters or of none, the batch is as many parts, each with the adapter of its name:
+    for passes without gradients.
     """
     layer.forward = MethodType(_forward, layer)
 
@@ -22,8 +23,9 @@ def lean(layer: Any) -> None:
 def _forward(layer: Any, x: Tensor) -> Tensor:
     y: Tensor = layer.base_layer(x)
     if groups := getattr(layer, "groups", None):
-        parts = zip(groups, y.chunk(len(groups)), x.chunk(len(groups)), strict=True)
-        return torch.cat([_adapted(layer, name, y_part, x_part) for name, y_part, x_part in parts])
+        for name, y_part, x_part in zip(groups, y.chunk(len(groups)), x.chunk(len(groups)), strict=True):
+            _adapted(layer, name, y_part, x_part)
+        return y
     for name in layer._active_adapter:
         y = _adapted(layer, name, y, x)
     return y
@@ -36,7 +38,8 @@ def _adapted(layer: Any, name: str, y: Tensor, x: Tensor) -> Tensor:
 
 
 def add_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """y + scale * x down^T up^T. y: (..., out); x: (..., in); down: (rank, in); up: (out, rank).
+    """y + scale * x down^T up^T, put in y's place. y: (..., out), contiguous; x: (..., in); down: (rank, in);
+    up: (out, rank).
 
     Computed in the type of x, with float32 sums; gradients of down and up are in their own type.
     """
@@ -51,7 +54,9 @@ class _AddLowRank(torch.autograd.Function):
         low = rows @ down.to(x.dtype).T
         ctx.save_for_backward(x, low, down, up)
         ctx.scale = scale
-        return torch.addmm(y.reshape(-1, y.shape[-1]), low, (up * scale).to(x.dtype).T).view(y.shape)
+        y.view(-1, y.shape[-1]).addmm_(low, (up * scale).to(x.dtype).T)
+        ctx.mark_dirty(y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, None]:

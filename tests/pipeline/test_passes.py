@@ -1,15 +1,23 @@
-"""An adapter's share of a layer: the same as PEFT computes, forward and backward."""
+"""Whole passes in fewer kernels: the same as PEFT, transformers and bitsandbytes compute, forward and backward."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from gpus import gpu
 from tiny import Family, build_tiny_model
 from torch import nn
 
 from rlhf_api.run import Lora, Quantization
-from rlhf_pipeline.low_rank import add_low_rank, lean
 from rlhf_pipeline.models import load_base, lora_config
+from rlhf_pipeline.nf4_weight import Nf4Weight
+from rlhf_pipeline.passes.four_bit import dequantised
+from rlhf_pipeline.passes.low_rank import add_low_rank, lean
+from rlhf_pipeline.passes.rotary import unfuse_rotary
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
@@ -45,7 +53,7 @@ def test_its_gradients_are_those_of_finite_differences() -> None:
     torch.manual_seed(0)
     shapes = {"y": (2, 3, 5), "x": (2, 3, 4), "down": (2, 4), "up": (5, 2)}
     y, x, down, up = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes.values())
-    assert torch.autograd.gradcheck(lambda *a: add_low_rank(*a, 0.7), (y, x, down, up))
+    assert torch.autograd.gradcheck(lambda y, *a: add_low_rank(y * 1, *a, 0.7), (y, x, down, up))
 
 
 def test_master_weights_get_gradients_in_their_own_type() -> None:
@@ -87,3 +95,40 @@ def test_each_group_of_a_batch_gets_the_adapter_of_its_name(tmp_path: Path) -> N
     for part, names in zip(whole.chunk(3), (["policy"], [], ["critic"]), strict=True):
         torch.testing.assert_close(part, logits(names, None, ids), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(whole[:3], whole[3:6], atol=1e-2)
+
+
+def test_the_kernels_compute_what_transformers_and_bitsandbytes_do() -> None:
+    """In Triton's interpreter, which has to be asked for before a kernel is defined: hence a process of its own."""
+    script = Path(__file__).with_name("interpreted_passes.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, script], env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["rotary", "dequantise"]
+
+
+@gpu
+@pytest.mark.parametrize("family", ["gpt_neox", "llama", "qwen3"])
+def test_a_fused_model_trains_as_its_own_layers_do(family: Family, tmp_path: Path) -> None:
+    folder = build_tiny_model(tmp_path, family, hidden=128)
+    ids = torch.randint(2, 300, (4, 40), generator=torch.Generator().manual_seed(0)).cuda()
+    mask = torch.ones_like(ids)
+    mask[0, :11] = 0
+    found = []
+    for fused in (True, False):
+        model = load_base(folder, Quantization(), torch.device("cuda", 0))
+        weights = [weight for each in model.modules() if (weight := Nf4Weight.of(each))]
+        assert len(weights) > 10
+        if fused:
+            for weight in weights:
+                state = next(p.quant_state for p in model.parameters() if p.data_ptr() == weight.packed.data_ptr())
+                assert torch.equal(dequantised(weight), dequantize_4bit(weight.packed, state))
+        else:
+            unfuse_rotary(model)
+            for module in model.modules():
+                module.__dict__.pop("forward", None)
+        embedded = model.get_input_embeddings()(ids).requires_grad_()
+        logits = model(inputs_embeds=embedded, attention_mask=mask, use_cache=False).logits.float()
+        loss = (logits.log_softmax(-1)[:, 12:] ** 2).mean()
+        found.append((logits.detach()[mask.bool()], torch.autograd.grad(loss, embedded)[0].float()))
+    for ours, own in zip(*found, strict=True):
+        assert 0 < float((ours - own).norm() / own.norm()) < 0.02
