@@ -159,7 +159,7 @@ class _Decoder:
             step()
         if cuda:
             # The graph's memory goes with the graph, back to the device if asked: not while the graph still runs.
-            torch.cuda.current_stream().synchronize()
+            torch.cuda.current_stream(self.ids.device).synchronize()
         if self.fused and self.session.trunk is not None:
             self.fused.step(self.token[:, 0], self.session, trunk_only=True)  # of the token drawn last
         return self.out, self.session.trunk

@@ -54,9 +54,9 @@ class _AddLowRank(torch.autograd.Function):
         low = rows @ down.to(x.dtype).T
         ctx.save_for_backward(x, low, down, up)
         ctx.scale = scale
-        y.view(-1, y.shape[-1]).addmm_(low, (up * scale).to(x.dtype).T)
-        ctx.mark_dirty(y)
-        return y
+        out = y.data  # nobody else needs y; marked as changed it might be no view, which a product's result often is
+        out.view(-1, out.shape[-1]).addmm_(low, (up * scale).to(x.dtype).T)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, None]:
