@@ -10,7 +10,7 @@ train all 44 layers with checkpointing,    8 × 512  14.34   +2.0 %
                                           16 × 256  14.7    -0.5 %
 the top 11 layers alone,                  16 × 256  13.1    -1.5 %
 
-The phases of PPO are held against the peaks of whole updates of GPT-NeoX-20B and Llama-3.1-8B in
+The phases of PPO are held against the peaks of whole updates of eight models of four families in
 tests/api/measured_peaks.jsonl. Activations that are kept because there is room for them (`Roles.choosing_kept_layers`)
 are not counted, nor is fragmentation, nor what other model families do differently: a run is refused only well above
 the limit.
@@ -32,11 +32,12 @@ OPTIMIZER_BYTES = 2  # two moments of 8 bits
 # What a layer holds of one token while it is computed again and differentiated, in values: the fitted factors.
 WIDTHS = 12  # hidden-sized
 INNER = 2  # intermediate-sized, for each matrix of the MLP
-FORWARD_SHARE = 0.4  # of that, in a pass without gradients
+FORWARD_SHARE = 0.41  # of that, in a pass without gradients
 LOGIT_ROWS = 512  # of a chunk of log-probabilities
 LOGIT_COPIES = 3  # float32: logits, log-softmax, entropy
 LOGIT_COPIES_TRAINED = 5.5  # and their gradients
 DECODING_BYTES = 0.18 * GIB  # workspaces of the decode step and of its graph
+WORKSPACE_BYTES = 0.18 * GIB  # what is left of them once a process has sampled
 
 UNTIED: Final = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gptj", "phi", "phi3")  # unless config.json says so
 PLAIN_MLP: Final = ("gpt_neox", "gpt2", "opt", "gpt_neo", "gptj", "bloom", "falcon", "phi", "mpt")  # no gate
@@ -170,7 +171,12 @@ def budget(shape: ModelShape, spec: RunSpec) -> Budget:
     trunk = {"trunk": 0.0 if spec.lora.layers == "all" else ppo.batch_size / gpus * tokens * needs.width}
     roles = 3 if spec.reward.classifier or spec.reward.function else 4  # whose rows are in one batch
     scored = roles * ppo.micro_batch_size * tokens
-    forward = {"activations": FORWARD_SHARE * scored * needs.working, "logits": LOGIT_COPIES * needs.logits}
+    forward = {
+        "workspaces": WORKSPACE_BYTES,
+        # The largest layer while the logits of the rows before are still there, or those of the next after it.
+        "one layer or logits": max(FORWARD_SHARE * scored * needs.working, (LOGIT_COPIES - 1) * needs.logits)
+        + needs.logits,
+    }
     rows = ppo.effective_rollout_batch_size(gpus)
     phases = [Phase("any", "load", {"base": needs.base, "tensor in 16 bits": needs.largest})]
     if spec.data.sft is not None:

@@ -79,9 +79,15 @@ def test_training_is_as_measured(layers: str, rows: int, tokens: int, measured: 
 PEAKS = [json.loads(line) for line in Path(__file__).with_name("measured_peaks.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("measured", PEAKS, ids=lambda each: f"{each['model']}-{each['layers']}-{each['size']}")
+WORKSPACES = 0.2 * GIB  # what a process keeps once it has computed: in the base of all models but its first
+BOUNDS = {"rollout": (-0.005, 0.02), "score": (-0.015, 0.04), "train": (-0.015, 0.02)}
+
+
+@pytest.mark.parametrize(
+    "measured", PEAKS, ids=lambda each: f"{each['model']}-{each['quantization']}-{each['layers']}-{each['size']}"
+)
 def test_the_phases_of_ppo_are_as_measured(measured: dict[str, Any]) -> None:
-    """By `bench/memory.py` on one H200 within 23 GiB. How far a phase may be off: see each bound."""
+    """By `bench/memory.py` on one H200 within 23 GiB. How far a phase may be off: see BOUNDS."""
     rows, prompt, response, micro, kept = measured["size"]
     sizes = {"batchSize": rows, "rolloutBatchSize": rows, "microBatchSize": micro}
     run = spec(
@@ -91,13 +97,14 @@ def test_the_phases_of_ppo_are_as_measured(measured: dict[str, Any]) -> None:
     )
     shape = shape_of(measured["config"])
     assert shape
-    assert phase("any", "load", run, shape).terms["base"] == pytest.approx(measured["base"], rel=0.015)
+    base = phase("any", "load", run, shape).terms["base"]
+    assert -0.005 * base < measured["base"] - base < WORKSPACES
     for name, (allocated, _) in measured["peaks"].items():
         if name == "train" and kept:  # what is kept beyond need is not estimated
             continue
         off = phase("ppo", name, run, shape).total / allocated - 1
-        above = 0.08 if name == "score" else 0.03  # a vocabulary twice as large makes scoring's estimate too careful
-        assert -0.02 < off < above, f"{name} {off:+.1%}"
+        least, most = BOUNDS[name]
+        assert least < off < most, f"{name} {off:+.1%}"
 
 
 @pytest.mark.parametrize(

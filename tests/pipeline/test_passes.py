@@ -1,5 +1,6 @@
 """Whole passes in fewer kernels: the same as PEFT, transformers and bitsandbytes compute, forward and backward."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from rlhf_pipeline.nf4_weight import Nf4Weight
 from rlhf_pipeline.passes.four_bit import dequantised
 from rlhf_pipeline.passes.low_rank import add_low_rank, lean
 from rlhf_pipeline.passes.rotary import unfuse_rotary
+from rlhf_pipeline.roles import Roles
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
@@ -104,6 +106,39 @@ def test_the_kernels_compute_what_transformers_and_bitsandbytes_do() -> None:
     done = subprocess.run([sys.executable, script], env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["rotary", "dequantise"]
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_an_int8_base_keeps_no_activations_and_trains_as_its_own_layers_do(tmp_path: Path) -> None:
+    roles = Roles(
+        load_base(build_tiny_model(tmp_path, hidden=64), Quantization(type="int8"), torch.device("cpu")),
+        Lora(rank=4, layers="all"),
+        critic=False,
+        checkpointing=True,
+    )
+    torch.manual_seed(0)
+    for parameter in roles.parameters("policy"):
+        parameter.data.normal_(0, 0.1)
+    ids = torch.randint(2, 300, (3, 17))
+    trunk = roles.trunk(ids, torch.ones_like(ids, dtype=torch.bool))
+    inner = roles.model.config.intermediate_size
+    found = []
+    for own in (False, True):
+        if own:
+            for module in roles.model.modules():
+                if type(module).__name__ == "Linear8bitLt":
+                    del module.__dict__["forward"]
+        hidden = roles.hidden("policy", trunk)
+        gc.collect()
+        tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
+        kept = sum(each.numel() == ids.numel() * inner for each in tensors)
+        assert kept >= len(roles.stack.layers) if own else kept == 0
+        hidden.float().pow(2).sum().backward()
+        found.append([hidden.detach(), *(parameter.grad for parameter in roles.parameters("policy"))])
+        roles.model.zero_grad()
+    assert len(found[0]) > 8
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 @gpu
