@@ -1,6 +1,5 @@
 """Loads the one base model, quantised as the run asks, and says where its adapters go."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from rlhf_api.errors import UserError
 from rlhf_api.quantity import bytes_of
 from rlhf_api.run import GPU, Lora, Quantization
 from rlhf_pipeline.passes import fuse
+from rlhf_pipeline.stack import stack_of
 
 CUDA_CONTEXT_BYTES = 2**30  # what the driver and CUDA take of a card before PyTorch gets any
 
@@ -129,24 +129,6 @@ def vocabulary_logits(model: Any, hidden: Tensor) -> Tensor:
     if cap is not None:
         logits = torch.tanh(logits / cap) * cap
     return logits
-
-
-@dataclass(frozen=True)
-class Stack:
-    """The decoder layers of a causal model."""
-
-    layers: nn.ModuleList
-    pattern: str  # the list's own name, by which PEFT finds a layer's index
-    path: str  # its full name inside the model
-
-
-def stack_of(model: nn.Module) -> Stack:
-    """The decoder layers of `model`: the list of modules as long as its config says it is deep."""
-    depth = model.config.get_text_config().num_hidden_layers
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return Stack(module, path.rsplit(".", 1)[-1], path)
-    raise UserError(f"model: {type(model).__name__} has no list of {depth} decoder layers that adapters could sit on")
 
 
 def adapted_layers(lora: Lora, depth: int) -> list[int]:

@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from rlhf_api.errors import UserError
 from rlhf_api.run import Lora
 from rlhf_pipeline.adapters import save_adapter
-from rlhf_pipeline.models import adapted_layers, lora_config, stack_of, vocabulary_logits
+from rlhf_pipeline.models import adapted_layers, lora_config, vocabulary_logits
 from rlhf_pipeline.passes.low_rank import lean_layers
+from rlhf_pipeline.stack import stack_of
 
 Role = Literal["policy", "critic", "reward", "reference"]
 ADAPTERS: tuple[Role, ...] = ("policy", "critic", "reward")

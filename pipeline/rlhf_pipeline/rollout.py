@@ -13,8 +13,8 @@ from rlhf_pipeline.decode.decoder import Decoder, Session, decoder_of, forget
 from rlhf_pipeline.decode.layers import Unknown
 from rlhf_pipeline.decode.nf4_gemm import MAX_ROWS
 from rlhf_pipeline.losses import truncate_at_eos
-from rlhf_pipeline.models import stack_of
 from rlhf_pipeline.roles import positions_of
+from rlhf_pipeline.stack import stack_of
 
 STOP_CHECK_STEPS = 16  # on CUDA, asking whether all have ended waits for the device: ask this seldom
 WARMUP_STEPS = 2  # before a graph is captured

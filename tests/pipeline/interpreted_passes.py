@@ -2,10 +2,12 @@
 
 import bitsandbytes.functional as bnb
 import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 
 from rlhf_pipeline.nf4_weight import Nf4Weight
+from rlhf_pipeline.passes import rotary as passes
 from rlhf_pipeline.passes.four_bit import dequantised
 from rlhf_pipeline.passes.rotary import rotated
 
@@ -26,6 +28,30 @@ def rotary() -> None:
             torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
+def attention() -> None:
+    """GPT-NeoX's attention with the kernel, a cache and a mask, against its own."""
+    passes._is_known = lambda *_: True  # type: ignore[attr-defined,assignment]
+    config = GPTNeoXConfig(
+        hidden_size=72, num_attention_heads=3, num_hidden_layers=2, intermediate_size=96, vocab_size=50,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+    )  # fmt: skip
+    model = GPTNeoXForCausalLM(config).eval()
+    ids, mask = torch.randint(0, 50, (3, 9)), torch.ones(3, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    found = []
+    for fused in (False, True):
+        if fused:
+            passes.fuse_rotary(model)
+        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+        output = model(inputs_embeds=embedded, attention_mask=mask, use_cache=True)
+        output.logits[mask.bool()].pow(2).sum().backward()
+        layer = output.past_key_values.layers[1]
+        found.append((output.logits[mask.bool()], embedded.grad, layer.keys, layer.values))
+    assert all("forward" in layer.attention.__dict__ for layer in model.gpt_neox.layers)
+    for ours, own in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-5)
+
+
 def dequantise() -> None:
     out, inner = 192, 320
     weight = torch.randn(out, inner, dtype=torch.bfloat16) * 0.02
@@ -38,6 +64,6 @@ def dequantise() -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    for check in (rotary, dequantise):
+    for check in (rotary, attention, dequantise):
         check()
         print(check.__name__)

@@ -12,8 +12,10 @@ from bitsandbytes.functional import dequantize_4bit
 from gpus import gpu
 from tiny import Family, build_tiny_model
 from torch import nn
+from transformers.models.gpt_neox import modeling_gpt_neox
 
 from rlhf_api.run import Lora, Quantization
+from rlhf_pipeline import passes
 from rlhf_pipeline.models import load_base, lora_config
 from rlhf_pipeline.nf4_weight import Nf4Weight
 from rlhf_pipeline.passes.four_bit import dequantised
@@ -105,7 +107,7 @@ def test_the_kernels_compute_what_transformers_and_bitsandbytes_do() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, script], env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["rotary", "dequantise"]
+    assert done.stdout.split() == ["rotary", "attention", "dequantise"]
 
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
@@ -139,6 +141,38 @@ def test_an_int8_base_keeps_no_activations_and_trains_as_its_own_layers_do(tmp_p
     assert len(found[0]) > 8
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("fault", ["zeros", "an error", None])
+def test_kernels_that_disagree_or_fail_leave_a_model_its_own_layers(
+    fault: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load_base(build_tiny_model(tmp_path, "gpt_neox"), Quantization(type="none"), torch.device("cpu"))
+    layer = model.gpt_neox.layers[1].mlp.dense_4h_to_h
+
+    def faulty(x: torch.Tensor) -> torch.Tensor:
+        if fault == "an error":
+            raise RuntimeError("no such kernel")
+        return nn.functional.linear(x, layer.weight * (fault is None), layer.bias)
+
+    def lean(_: nn.Module) -> list[nn.Module]:
+        layer.forward = faulty
+        return [layer]
+
+    monkeypatch.setattr(passes, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(passes, "lean_four_bit", lean)
+    depth = len(model.gpt_neox.layers)
+    passes.fuse(model)
+    assert len(model.gpt_neox.layers) == depth
+    kept = [name for name, module in model.named_modules() if "forward" in module.__dict__]
+    if fault:
+        assert kept == []
+        assert modeling_gpt_neox.apply_rotary_pos_emb.__module__ == modeling_gpt_neox.__name__
+        assert ("differ" if fault == "zeros" else "no such kernel") in caplog.text
+    else:
+        assert len(kept) == 1 + depth
+        assert caplog.text == ""
+        unfuse_rotary(model)
 
 
 @gpu

@@ -18,8 +18,8 @@ from rlhf_pipeline.decode.nf4_gemm import (
     dependent_launch,
     nf4_gemm,
 )
-from rlhf_pipeline.models import stack_of
 from rlhf_pipeline.nf4_weight import Nf4Weight
+from rlhf_pipeline.stack import stack_of
 
 ACTIVATIONS: Final[dict[str, Activation]] = {
     "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",

@@ -16,12 +16,15 @@ FEW_ROWS: Final = 64  # up to so many, bitsandbytes has kernels of its own
 BLOCKS: Final = 128  # of 64 weights, a program's
 
 
-def lean_four_bit(model: nn.Module) -> None:
-    """Give the NF4 layers with double-quantised scales of a frozen model on a GPU this product."""
+def lean_four_bit(model: nn.Module) -> list[nn.Module]:
+    """Give the NF4 layers with double-quantised scales of a frozen model on a GPU this product. Returns them."""
+    changed = []
     for module in model.modules():
         if (weight := Nf4Weight.of(module)) is not None:
             lean: Any = module
             lean.forward = MethodType(_forward(weight, lean.forward), module)
+            changed.append(module)
+    return changed
 
 
 def dequantised(weight: Nf4Weight, dtype: torch.dtype = torch.bfloat16) -> Tensor:

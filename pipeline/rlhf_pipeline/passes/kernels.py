@@ -28,47 +28,56 @@ def dequantise_kernel(
 
 @triton.jit
 def _rotate(
-    source, target, cos, sin, head, heads, s_head, d, SIZE: tl.constexpr, ROTARY: tl.constexpr,
+    source, target, cos, sin, head, heads, s_head, t_head, d, SIZE: tl.constexpr, ROTARY: tl.constexpr,
     BACK: tl.constexpr,
 ):  # fmt: skip
     half: tl.constexpr = ROTARY // 2
-    partner = tl.where(d < half, d + half, d - half)
-    there = (head < heads)[:, None]
-    turned = d < ROTARY
-    x = tl.load(source + head[:, None] * s_head + d[None, :], mask=there & (d < SIZE)[None, :], other=0.0)
-    y = tl.load(source + head[:, None] * s_head + partner[None, :], mask=there & turned[None, :], other=0.0)
-    c = tl.load(cos + d, mask=turned, other=1.0).to(tl.float32)
-    s = tl.load(sin + (partner if BACK else d), mask=turned, other=0.0).to(tl.float32)
-    s = tl.where((d < half) != BACK, -s, s)
-    rotated = x.to(tl.float32) * c[None, :] + y.to(tl.float32) * s[None, :]
-    tl.store(target + head[:, None] * SIZE + d[None, :], rotated.to(x.dtype), mask=there & (d < SIZE)[None, :])
+    there = (head < heads)[:, None] & (d < SIZE)[None, :]
+    x = tl.load(source + head[:, None] * s_head + d[None, :], mask=there, other=0.0)
+    out = x.to(tl.float32)
+    if ROTARY > 0:
+        partner = tl.where(d < half, d + half, d - half)
+        turned = d < ROTARY
+        y = tl.load(source + head[:, None] * s_head + partner[None, :], mask=there & turned[None, :], other=0.0)
+        c = tl.load(cos + d, mask=turned, other=1.0).to(tl.float32)
+        s = tl.load(sin + (partner if BACK else d), mask=turned, other=0.0).to(tl.float32)
+        s = tl.where((d < half) != BACK, -s, s)
+        out = out * c[None, :] + y.to(tl.float32) * s[None, :]
+    tl.store(target + head[:, None] * t_head + d[None, :], out.to(x.dtype), mask=there)
 
 
 @triton.jit
 def rotate_kernel(
-    query, key, query_out, key_out, cos, sin, tokens, heads, key_heads,
-    q_batch, q_head, q_token, k_batch, k_head, k_token, c_batch, c_token,
+    query, key, value, query_out, key_out, value_out, cos, sin, tokens, heads, key_heads,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, q_row, k_row, t_head,
+    c_batch, c_token,
     SIZE: tl.constexpr, PADDED: tl.constexpr, ROTARY: tl.constexpr, HEADS: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """Programs (batch * tokens, blocks of query heads, then of key heads): rotate by position, or back.
+    """Programs (batch * tokens, blocks of heads of query, key and, if wanted, value): rotate by position, or back.
 
-    query, key: (batch, heads, tokens, SIZE) by strides; query_out, key_out: (batch, tokens, heads, SIZE), contiguous.
-    cos, sin: (batch, tokens, ROTARY), of which the first so many values of a head are rotated.
+    query, key, value: (batch, heads, tokens, SIZE) by strides; value is only moved. The targets: by the strides of a
+    token, q_row and k_row, and of a head. cos, sin: (batch, tokens, ROTARY), for the first so many values of a head.
     """
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // tokens, row % tokens
     d = tl.arange(0, PADDED)
     cos += batch * c_batch + token * c_token
     sin += batch * c_batch + token * c_token
-    query_blocks = tl.cdiv(heads, HEADS)
+    query_blocks, key_blocks = tl.cdiv(heads, HEADS), tl.cdiv(key_heads, HEADS)
     block = tl.program_id(1)
     if block < query_blocks:
         _rotate(
-            query + batch * q_batch + token * q_token, query_out + row * heads * SIZE, cos, sin,
-            block * HEADS + tl.arange(0, HEADS), heads, q_head, d, SIZE, ROTARY, BACK,
+            query + batch * q_batch + token * q_token, query_out + row * q_row, cos, sin,
+            block * HEADS + tl.arange(0, HEADS), heads, q_head, t_head, d, SIZE, ROTARY, BACK,
+        )  # fmt: skip
+    elif block < query_blocks + key_blocks:
+        _rotate(
+            key + batch * k_batch + token * k_token, key_out + row * k_row, cos, sin,
+            (block - query_blocks) * HEADS + tl.arange(0, HEADS), key_heads, k_head, t_head, d, SIZE, ROTARY, BACK,
         )  # fmt: skip
     else:
         _rotate(
-            key + batch * k_batch + token * k_token, key_out + row * key_heads * SIZE, cos, sin,
-            (block - query_blocks) * HEADS + tl.arange(0, HEADS), key_heads, k_head, d, SIZE, ROTARY, BACK,
+            value + batch * v_batch + token * v_token, value_out + row * k_row, cos, sin,
+            (block - query_blocks - key_blocks) * HEADS + tl.arange(0, HEADS), key_heads, v_head, t_head, d, SIZE, 0,
+            BACK,
         )  # fmt: skip
