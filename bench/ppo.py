@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=5)
     parser.add_argument("--kept", type=int, default=11, help="layers of ours whose activations are kept")
     parser.add_argument("--micro", type=int, default=0, help="micro-batch of ours; 0: the whole batch")
+    parser.add_argument("--checkpointing", action="store_true", help="TRL's from the start, not only if it has to")
     parser.add_argument("--cap", type=float, default=23.0)
     arguments = parser.parse_args()
     print(torch.cuda.get_device_name(), flush=True)
@@ -50,7 +51,8 @@ def main() -> None:
         for size in arguments.sizes:
             for epochs in arguments.epochs:
                 # Its trainer leaves checkpointing off whatever its config says: a person switches it on to make it fit.
-                rate = trl(arguments, size, epochs, peer) or trl(arguments, size, epochs, peer, checkpointing=True)
+                rate = None if arguments.checkpointing else trl(arguments, size, epochs, peer)
+                rate = rate or trl(arguments, size, epochs, peer, checkpointing=True)
                 for layers in arguments.layers:
                     if rate and (layers, size, epochs) in ours:
                         times = ours[layers, size, epochs] / rate

@@ -89,7 +89,8 @@ def _neox_attention(own: Any) -> Any:
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **named: Any,
     ) -> tuple[Tensor, None]:
-        sdpa = attention.config._attn_implementation == "sdpa" and not attention.training
+        dropout = attention.training and attention.attention_dropout
+        sdpa = attention.config._attn_implementation == "sdpa" and not dropout
         if not sdpa or position_embeddings is None or not _is_known(hidden_states, *position_embeddings):
             found: tuple[Tensor, None] = own(
                 hidden_states, attention_mask, layer_past=layer_past, position_embeddings=position_embeddings, **named
