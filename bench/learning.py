@@ -251,7 +251,7 @@ class _Backbone(nn.Module):
         hidden = output.last_hidden_state.float()
         if self.eos is not None:
             hidden = torch.where((input_ids == self.eos)[..., None], hidden.roll(1, dims=1), hidden)
-        output.last_hidden_state, output.hidden_states = hidden, (hidden,)  # it reads the last of these
+        output.hidden_states = (hidden,)  # it reads the last of these
         return output
 
 

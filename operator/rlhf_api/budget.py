@@ -36,8 +36,7 @@ FORWARD_SHARE = 0.41  # of that, in a pass without gradients
 LOGIT_ROWS = 512  # of a chunk of log-probabilities
 LOGIT_COPIES = 3  # float32: logits, log-softmax, entropy
 LOGIT_COPIES_TRAINED = 5.5  # and their gradients
-DECODING_BYTES = 0.18 * GIB  # workspaces of the decode step and of its graph
-WORKSPACE_BYTES = 0.18 * GIB  # what is left of them once a process has sampled
+DECODING_BYTES = 0.18 * GIB  # workspaces of the decode step and of its graph; a process keeps them
 
 UNTIED: Final = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gptj", "phi", "phi3")  # unless config.json says so
 PLAIN_MLP: Final = ("gpt_neox", "gpt2", "opt", "gpt_neo", "gptj", "bloom", "falcon", "phi", "mpt")  # no gate
@@ -172,7 +171,7 @@ def budget(shape: ModelShape, spec: RunSpec) -> Budget:
     roles = 3 if spec.reward.classifier or spec.reward.function else 4  # whose rows are in one batch
     scored = roles * ppo.micro_batch_size * tokens
     forward = {
-        "workspaces": WORKSPACE_BYTES,
+        "workspaces": DECODING_BYTES,
         # The largest layer while the logits of the rows before are still there, or those of the next after it.
         "one layer or logits": max(FORWARD_SHARE * scored * needs.working, (LOGIT_COPIES - 1) * needs.logits)
         + needs.logits,

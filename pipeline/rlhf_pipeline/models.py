@@ -82,8 +82,9 @@ def load_base(folder: Path, quantization: Quantization, device: torch.device, cl
     _fuse_gelu(model)
     if quantization.type == "nf4":
         _keep_packing(model)
+    model.requires_grad_(False).eval()
     fuse(model)
-    return model.requires_grad_(False).eval()
+    return model
 
 
 def _fuse_gelu(model: nn.Module) -> None:

@@ -10,9 +10,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from rlhf_pipeline.decode.nf4_gemm import MAX_ROWS
 from rlhf_pipeline.nf4_weight import Nf4Weight
 
-FEW_ROWS: Final = 64  # up to so many, bitsandbytes has kernels of its own
 BLOCKS: Final = 128  # of 64 weights, a program's
 
 
@@ -42,7 +42,7 @@ def dequantised(weight: Nf4Weight, dtype: torch.dtype = torch.bfloat16) -> Tenso
 
 def _forward(weight: Nf4Weight, own: Any) -> Any:
     def forward(layer: Any, x: Tensor) -> Tensor:
-        if x.dtype != torch.bfloat16 or x.numel() <= FEW_ROWS * x.shape[-1]:
+        if x.dtype != torch.bfloat16 or x.numel() <= MAX_ROWS * x.shape[-1]:  # a decode step's
             few: Tensor = own(x)
             return few
         product: Tensor = _Product.apply(x, weight, layer.bias)

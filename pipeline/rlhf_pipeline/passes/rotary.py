@@ -12,7 +12,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-FAMILIES: Final = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")  # whose formula is this one
+from rlhf_pipeline.decode.layers import LLAMA_LIKE
+
+FAMILIES: Final = ("gpt_neox", *LLAMA_LIKE)  # whose formula is this one
 HEADS: Final = 16  # a program's
 Rotate = Callable[..., tuple[Tensor, Tensor]]
 
@@ -118,22 +120,22 @@ class _Rotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _rotated(query, key, cos, sin, back=False)
+        query, key = _moved((query, key), cos, sin, back=False)
+        return query, key
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        return *_rotated(*map(_dense, outer), *ctx.saved_tensors, back=True), None, None
+        query, key = _moved([_dense(each) for each in outer], *ctx.saved_tensors, back=True)
+        return query, key, None, None
 
 
 class _Heads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, joint: Tensor, cos: Tensor, sin: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        query, key, value = joint.view(*joint.shape[:2], -1, 3 * size).transpose(1, 2).split(size, -1)
-        outs = [each.new_empty(each.transpose(1, 2).shape) for each in (query, key, value)]
-        _launch((query, key, value), outs, cos, sin, back=False)
-        query_out, key_out, value_out = (out.transpose(1, 2) for out in outs)
-        return query_out, key_out, value_out
+        heads = joint.view(*joint.shape[:2], -1, 3 * size).transpose(1, 2)
+        query, key, value = _moved(heads.split(size, -1), cos, sin, back=False)
+        return query, key, value
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
@@ -143,10 +145,11 @@ class _Heads(torch.autograd.Function):
         return joint.view(batch, tokens, -1), None, None, None
 
 
-def _rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> tuple[Tensor, Tensor]:
-    query_out, key_out = (each.new_empty(each.transpose(1, 2).shape) for each in (query, key))
-    _launch((query, key), (query_out, key_out), cos, sin, back=back)
-    return query_out.transpose(1, 2), key_out.transpose(1, 2)
+def _moved(sources: Sequence[Tensor], cos: Tensor, sin: Tensor, *, back: bool) -> list[Tensor]:
+    """The same in memory of their own, query and key rotated. All (batch, heads, tokens, size)."""
+    targets = [each.new_empty(each.transpose(1, 2).shape) for each in sources]
+    _launch(sources, targets, cos, sin, back=back)
+    return [target.transpose(1, 2) for target in targets]
 
 
 def _dense(gradient: Tensor) -> Tensor:
